@@ -1,0 +1,190 @@
+"""Step 01: fit a line to noisy points, with gradients derived by hand.
+
+Parent:  none
+
+A teacher, the line y = wx + b, draws a big dataset of examples and adds Gaussian noise. No model
+can predict the noise, so the best possible loss is known beforehand: the noise variance. Watch
+minibatch gradient descent carry train_loss down to it, and w and b to the teacher's.
+
+Try:     --learning_rate 1.1 (it diverges: why?)
+         --batch_size 1 (it arrives, but never comes to rest: why?)
+Source:  Robbins and Monro 1951, "A stochastic approximation method".
+"""
+
+import argparse
+import json
+import math
+import platform
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from plot import plot_run
+
+# ---------- data ----------
+
+
+def load_data(args, rng):
+    """Return x (N,), y (N,) = forward(teacher, x) + noise, and the random teacher's parameters."""
+    teacher = {"w": rng.normal(scale=3), "b": rng.normal(scale=3)}
+    x = rng.normal(size=args.n_examples).astype(np.float32)
+    noise = rng.normal(scale=args.noise, size=args.n_examples)
+    y = (forward(teacher, x) + noise).astype(np.float32)
+    return x, y, teacher
+
+
+def minibatches(x, y, batch_size, rng):
+    """Yield batches (x, y) without end, reshuffled every epoch; an incomplete one is skipped."""
+    while True:
+        order = rng.permutation(len(x))
+        for i in range(0, len(x) - batch_size + 1, batch_size):
+            batch = order[i : i + batch_size]
+            yield x[batch], y[batch]
+
+
+# ---------- model ----------
+
+
+def init_params(args):
+    """Return the parameters before training: the line y = 0."""
+    return {"w": np.float32(0), "b": np.float32(0)}
+
+
+def forward(params, x):
+    """Predict y_hat (B,) from x (B,)."""
+    return params["w"] * x + params["b"]
+
+
+def loss_fn(y_hat, y):
+    """Return the mean squared error of y_hat (B,) against y (B,)."""
+    return ((y_hat - y) ** 2).mean()
+
+
+# The loss is a mean over the batch, L = 1/B sum_i (y_hat_i - y_i)^2 with y_hat_i = w x_i + b.
+# The chain rule goes back through the square first, then through the line:
+#   dL/dy_hat_i = 2/B (y_hat_i - y_i)
+#   dL/dw       = sum_i dL/dy_hat_i * dy_hat_i/dw = sum_i dL/dy_hat_i * x_i
+#   dL/db       = sum_i dL/dy_hat_i * dy_hat_i/db = sum_i dL/dy_hat_i
+def backward(x, y, y_hat):
+    """Return the gradients of loss_fn with respect to the parameters."""
+    d_y_hat = 2 / len(y) * (y_hat - y)  # (B,)
+    return {"w": (d_y_hat * x).sum(), "b": d_y_hat.sum()}
+
+
+# ---------- training ----------
+
+
+def start_run(args):
+    """Make out_dir with an empty metrics.jsonl, and args.json, which tells what made the run."""
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    (args.out_dir / "metrics.jsonl").write_text("")
+    made_by = {"python": platform.python_version(), "numpy": np.__version__, "device": "cpu"}
+    (args.out_dir / "args.json").write_text(json.dumps(vars(args) | made_by, default=str))
+
+
+def log_metrics(args, record):
+    """Append a record to metrics.jsonl and print it above the progress bar."""
+    with open(args.out_dir / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(record) + "\n")
+    tqdm.write("  ".join(f"{key} {value:.5g}" for key, value in record.items()))
+
+
+def train(args):
+    """Run the whole step; return the last record of metrics.jsonl."""
+    start = time.perf_counter()
+    np.seterr(over="ignore", invalid="ignore")  # a loss that overflows is reported below
+    rng = np.random.default_rng(args.seed)
+    x_train, y_train, teacher = load_data(args, rng)
+    batches = minibatches(x_train, y_train, args.batch_size, rng)
+    params = init_params(args)
+    best_loss = args.noise**2
+    start_run(args)
+
+    for iter_num in (bar := tqdm(range(args.max_iters + 1), disable=None)):
+        if iter_num % args.eval_interval == 0 or iter_num == args.max_iters:
+            train_loss = float(loss_fn(forward(params, x_train), y_train))
+            record = {"iter": iter_num, "seconds": time.perf_counter() - start}
+            record |= {"train_loss": train_loss, "best_loss": best_loss}
+            record["param_error"] = max(float(abs(params[k] - teacher[k]).max()) for k in params)
+            log_metrics(args, record)
+            if iter_num == args.max_iters:
+                break
+
+        x, y = next(batches)
+        y_hat = forward(params, x)
+        loss = loss_fn(y_hat, y)
+        if not math.isfinite(loss):
+            fail(f"loss {loss} at iteration {iter_num}, --learning_rate {args.learning_rate}")
+        if iter_num % args.log_interval == 0:
+            bar.set_postfix(loss=f"{loss:.4f}")
+
+        grads = backward(x, y, y_hat)
+        for name in params:
+            params[name] -= args.learning_rate * grads[name]
+
+    excess = train_loss / best_loss - 1
+    print(f"train_loss {train_loss:.4f} is {excess:+.2%} from the best possible, {best_loss:.4f}")
+    print(f"picture: {plot_run(args.out_dir)}")
+    return record
+
+
+# ---------- command line ----------
+
+
+def fail(message, exit_code=2):
+    """Leave with one line on standard error."""
+    tqdm.write(f"train.py: error: {message}", file=sys.stderr)
+    raise SystemExit(exit_code)
+
+
+def number(kind, low, high=1e9):
+    """Return an argparse type: an int or float (kind) from low to high."""
+
+    def convert(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise ValueError
+        return value
+
+    convert.__name__ = f"{kind.__name__} from {low:g} to {high:g}"  # argparse puts it in its error
+    return convert
+
+
+def parse_args(argv=None):
+    """Return the flags of the command line (or of argv), checked."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        usage=argparse.SUPPRESS,  # so that an error is one line
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    here = Path(__file__).resolve().parent
+    flag = parser.add_argument_group("data").add_argument
+    flag("--n_examples", type=number(int, 1), default=100_000, help="examples drawn in all")
+    flag("--noise", type=number(float, 1e-6), default=0.5, help="standard deviation of the noise")
+    flag("--batch_size", type=number(int, 1), default=128, help="examples in a minibatch")
+    flag = parser.add_argument_group("optimizer").add_argument
+    flag("--learning_rate", type=number(float, 1e-9), default=0.02, help="size of a step downhill")
+    flag("--max_iters", type=number(int, 1), default=500, help="minibatches to train on")
+    flag = parser.add_argument_group("logging").add_argument
+    flag("--eval_interval", type=number(int, 1), default=25, help="iterations between evaluations")
+    flag("--log_interval", type=number(int, 1), default=10, help="iterations between bar updates")
+    flag("--out_dir", type=Path, default=here / "out", help="everything the run writes")
+    flag = parser.add_argument_group("system").add_argument
+    flag("--seed", type=number(int, 0), default=1337, help="same seed, same run")
+    args = parser.parse_args(argv)
+    if args.batch_size > args.n_examples:
+        parser.error(f"--batch_size {args.batch_size} is over --n_examples {args.n_examples}")
+    return args
+
+
+if __name__ == "__main__":
+    args = parse_args()
+    try:
+        train(args)
+    except KeyboardInterrupt:
+        fail("interrupted", exit_code=130)
+    except OSError as error:
+        fail(f"--out_dir {args.out_dir}: {error}")
