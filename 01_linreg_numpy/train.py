@@ -28,7 +28,7 @@ from plot import plot_run
 
 
 def load_data(args, rng):
-    """Return x (N,), y (N,) = forward(teacher, x) + noise, and the random teacher's parameters."""
+    """Return x (N,), y (N,) = forward(teacher, x) + noise, and the teacher's parameters."""
     teacher = {"w": rng.normal(scale=3), "b": rng.normal(scale=3)}
     x = rng.normal(size=args.n_examples).astype(np.float32)
     noise = rng.normal(scale=args.noise, size=args.n_examples)
@@ -105,10 +105,10 @@ def train(args):
 
     for iter_num in (bar := tqdm(range(args.max_iters + 1), disable=None)):
         if iter_num % args.eval_interval == 0 or iter_num == args.max_iters:
-            train_loss = float(loss_fn(forward(params, x_train), y_train))
+            train_loss = loss_fn(forward(params, x_train), y_train).item()
             record = {"iter": iter_num, "seconds": time.perf_counter() - start}
             record |= {"train_loss": train_loss, "best_loss": best_loss}
-            record["param_error"] = max(float(abs(params[k] - teacher[k]).max()) for k in params)
+            record["param_error"] = max(abs(params[k] - teacher[k]).max().item() for k in params)
             log_metrics(args, record)
             if iter_num == args.max_iters:
                 break
@@ -116,7 +116,7 @@ def train(args):
         x, y = next(batches)
         y_hat = forward(params, x)
         loss = loss_fn(y_hat, y)
-        if not math.isfinite(loss):
+        if not math.isfinite(loss.item()):
             fail(f"loss {loss} at iteration {iter_num}, --learning_rate {args.learning_rate}")
         if iter_num % args.log_interval == 0:
             bar.set_postfix(loss=f"{loss:.4f}")

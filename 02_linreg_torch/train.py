@@ -1,0 +1,182 @@
+"""Step 02: the same line, with gradients from autograd.
+
+Parent:  01_linreg_numpy
+Changed: load_data, init_params, start_run, train
+Gone:    backward
+
+The forward pass is written as before; torch records it, and loss.backward() runs the chain rule
+back through the record. Same seed, same data, same order: the curve is step 01's.
+
+Try:     leave out the line that sets .grad to None (gradients add up: what does the curve do?)
+Source:  Paszke et al. 2017, "Automatic differentiation in PyTorch".
+"""
+
+import argparse
+import json
+import math
+import platform
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from plot import plot_run
+
+# ---------- data ----------
+
+
+def load_data(args, rng):
+    """Return x (N,), y (N,) = forward(teacher, x) + noise, and the teacher's parameters."""
+    teacher = {"w": rng.normal(scale=3), "b": rng.normal(scale=3)}
+    x = rng.normal(size=args.n_examples).astype(np.float32)
+    noise = rng.normal(scale=args.noise, size=args.n_examples)
+    y = (forward(teacher, x) + noise).astype(np.float32)
+    return torch.from_numpy(x), torch.from_numpy(y), teacher
+
+
+def minibatches(x, y, batch_size, rng):
+    """Yield batches (x, y) without end, reshuffled every epoch; an incomplete one is skipped."""
+    while True:
+        order = rng.permutation(len(x))
+        for i in range(0, len(x) - batch_size + 1, batch_size):
+            batch = order[i : i + batch_size]
+            yield x[batch], y[batch]
+
+
+# ---------- model ----------
+
+
+def init_params(args):
+    """Return the parameters before training: the line y = 0."""
+    return {name: torch.zeros((), requires_grad=True) for name in ("w", "b")}
+
+
+def forward(params, x):
+    """Predict y_hat (B,) from x (B,)."""
+    return params["w"] * x + params["b"]
+
+
+def loss_fn(y_hat, y):
+    """Return the mean squared error of y_hat (B,) against y (B,)."""
+    return ((y_hat - y) ** 2).mean()
+
+
+# ---------- training ----------
+
+
+def start_run(args):
+    """Make out_dir with an empty metrics.jsonl, and args.json, which tells what made the run."""
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    (args.out_dir / "metrics.jsonl").write_text("")
+    made_by = {"python": platform.python_version(), "torch": torch.__version__, "device": "cpu"}
+    (args.out_dir / "args.json").write_text(json.dumps(vars(args) | made_by, default=str))
+
+
+def log_metrics(args, record):
+    """Append a record to metrics.jsonl and print it above the progress bar."""
+    with open(args.out_dir / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(record) + "\n")
+    tqdm.write("  ".join(f"{key} {value:.5g}" for key, value in record.items()))
+
+
+def train(args):
+    """Run the whole step; return the last record of metrics.jsonl."""
+    start = time.perf_counter()
+    rng = np.random.default_rng(args.seed)
+    x_train, y_train, teacher = load_data(args, rng)
+    batches = minibatches(x_train, y_train, args.batch_size, rng)
+    params = init_params(args)
+    best_loss = args.noise**2
+    start_run(args)
+
+    for iter_num in (bar := tqdm(range(args.max_iters + 1), disable=None)):
+        if iter_num % args.eval_interval == 0 or iter_num == args.max_iters:
+            with torch.no_grad():
+                train_loss = loss_fn(forward(params, x_train), y_train).item()
+            record = {"iter": iter_num, "seconds": time.perf_counter() - start}
+            record |= {"train_loss": train_loss, "best_loss": best_loss}
+            record["param_error"] = max(abs(params[k] - teacher[k]).max().item() for k in params)
+            log_metrics(args, record)
+            if iter_num == args.max_iters:
+                break
+
+        x, y = next(batches)
+        y_hat = forward(params, x)
+        loss = loss_fn(y_hat, y)
+        if not math.isfinite(loss.item()):
+            fail(f"loss {loss} at iteration {iter_num}, --learning_rate {args.learning_rate}")
+        if iter_num % args.log_interval == 0:
+            bar.set_postfix(loss=f"{loss:.4f}")
+
+        loss.backward()
+        with torch.no_grad():
+            for name in params:
+                params[name] -= args.learning_rate * params[name].grad
+                params[name].grad = None
+
+    excess = train_loss / best_loss - 1
+    print(f"train_loss {train_loss:.4f} is {excess:+.2%} from the best possible, {best_loss:.4f}")
+    print(f"picture: {plot_run(args.out_dir)}")
+    return record
+
+
+# ---------- command line ----------
+
+
+def fail(message, exit_code=2):
+    """Leave with one line on standard error."""
+    tqdm.write(f"train.py: error: {message}", file=sys.stderr)
+    raise SystemExit(exit_code)
+
+
+def number(kind, low, high=1e9):
+    """Return an argparse type: an int or float (kind) from low to high."""
+
+    def convert(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise ValueError
+        return value
+
+    convert.__name__ = f"{kind.__name__} from {low:g} to {high:g}"  # argparse puts it in its error
+    return convert
+
+
+def parse_args(argv=None):
+    """Return the flags of the command line (or of argv), checked."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        usage=argparse.SUPPRESS,  # so that an error is one line
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    here = Path(__file__).resolve().parent
+    flag = parser.add_argument_group("data").add_argument
+    flag("--n_examples", type=number(int, 1), default=100_000, help="examples drawn in all")
+    flag("--noise", type=number(float, 1e-6), default=0.5, help="standard deviation of the noise")
+    flag("--batch_size", type=number(int, 1), default=128, help="examples in a minibatch")
+    flag = parser.add_argument_group("optimizer").add_argument
+    flag("--learning_rate", type=number(float, 1e-9), default=0.02, help="size of a step downhill")
+    flag("--max_iters", type=number(int, 1), default=500, help="minibatches to train on")
+    flag = parser.add_argument_group("logging").add_argument
+    flag("--eval_interval", type=number(int, 1), default=25, help="iterations between evaluations")
+    flag("--log_interval", type=number(int, 1), default=10, help="iterations between bar updates")
+    flag("--out_dir", type=Path, default=here / "out", help="everything the run writes")
+    flag = parser.add_argument_group("system").add_argument
+    flag("--seed", type=number(int, 0), default=1337, help="same seed, same run")
+    args = parser.parse_args(argv)
+    if args.batch_size > args.n_examples:
+        parser.error(f"--batch_size {args.batch_size} is over --n_examples {args.n_examples}")
+    return args
+
+
+if __name__ == "__main__":
+    args = parse_args()
+    try:
+        train(args)
+    except KeyboardInterrupt:
+        fail("interrupted", exit_code=130)
+    except OSError as error:
+        fail(f"--out_dir {args.out_dir}: {error}")

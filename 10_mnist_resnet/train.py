@@ -1,0 +1,307 @@
+"""Step 10: a residual network.
+
+Parent:  09_mnist_convnet
+New:     Block, ResNet
+Changed: train, parse_args
+Gone:    ConvNet
+
+A block computes a change and adds it to its input, x + f(x). The sum hands gradients straight to
+the early layers, so that depth no longer hurts; batch norm keeps the numbers in each layer at scale
+1. The last scale in f starts at zero: every block begins as the identity and learns from there.
+
+Try:     --n_layer 4 (thrice as deep: does it still train?), then with "shortcut +" taken out
+Source:  He et al. 2016, "Deep residual learning for image recognition" (zero scale: Goyal 2017).
+"""
+
+import argparse
+import gzip
+import hashlib
+import http.client
+import json
+import math
+import os
+import platform
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import jax
+import optax
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+from torchvision.datasets import MNIST
+from tqdm import tqdm
+
+from plot import plot_run
+
+# ---------- data ----------
+
+
+MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist"
+MNIST_SHA256 = {  # of the unpacked files
+    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+}
+
+
+def download(url, sha256, path, data_dir):
+    """Fetch url to path, if it is not there; it appears whole and checked, unpacked from .gz."""
+    if path.exists():
+        return
+    try:
+        with urllib.request.urlopen(url, timeout=20) as response:
+            content = response.read()
+        content = gzip.decompress(content) if url.endswith(".gz") else content
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise OSError("wrong SHA-256")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        part.write_bytes(content)
+        part.rename(path)
+    except (OSError, EOFError, http.client.HTTPException) as error:
+        fail(
+            f"{path} is missing and {url} did not arrive ({error}): put the file there, "
+            f"or make a stand-in with: python tests/standins.py {data_dir}"
+        )
+
+
+def load_data(args):
+    """Return MNIST's train and test TensorDataset: normalised pixels x (1, 28, 28) and label y."""
+    raw = args.data_dir / "MNIST" / "raw"
+    for name, sha256 in MNIST_SHA256.items():
+        download(f"{MNIST_URL}/{name}.gz", sha256, raw / name, args.data_dir)
+    datasets = []
+    for train, name in ((True, "train"), (False, "t10k")):
+        try:
+            datasets.append(MNIST(args.data_dir, train=train))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            fail(f"{raw / name}-*: broken or cut short ({error}): delete these files")
+    pixels = [dataset.data[:, None] / 255 for dataset in datasets]  # (N, 1, 28, 28), 0 to 1
+    mean, std = pixels[0].mean(), pixels[0].std()  # of the training set
+    return [TensorDataset((x - mean) / std, d.targets) for x, d in zip(pixels, datasets)]
+
+
+def minibatches(dataset, batch_size):
+    """Yield batches (x, y) without end, reshuffled every epoch; an incomplete one is skipped."""
+    # The dataset is asked for a whole batch at a time: much faster than for its examples singly.
+    batches = BatchSampler(RandomSampler(dataset), batch_size, drop_last=True)
+    loader = DataLoader(dataset, sampler=batches, batch_size=None)
+    while True:
+        yield from loader
+
+
+def augment(x, shift):
+    """Move the images x (B, 1, H, W) together, by up to shift pixels either way."""
+    dy, dx = torch.randint(-shift, shift + 1, (2,)).tolist()
+    return x.roll((dy, dx), dims=(2, 3))  # MNIST's blank margin of 4 pixels is what wraps around
+
+
+# ---------- model ----------
+
+
+class Block(nn.Module):
+    """Residual block, (B, n_in, H, W) to (B, n_out, H / stride, W / stride)."""
+
+    def __init__(self, n_in, n_out, stride):
+        super().__init__()
+        self.conv_1 = nn.Conv2d(n_in, n_out, 3, stride, padding=1, bias=False)
+        self.bn_1 = nn.BatchNorm2d(n_out)
+        self.conv_2 = nn.Conv2d(n_out, n_out, 3, padding=1, bias=False)
+        self.bn_2 = nn.BatchNorm2d(n_out)
+        nn.init.zeros_(self.bn_2.weight)
+        self.shortcut = nn.Identity()
+        if stride > 1 or n_in != n_out:
+            conv = nn.Conv2d(n_in, n_out, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(n_out))
+
+    def forward(self, x):
+        change = self.bn_2(self.conv_2(F.relu(self.bn_1(self.conv_1(x)))))
+        return F.relu(self.shortcut(x) + change)
+
+
+class ResNet(nn.Module):
+    """Maps images x (B, 1, 28, 28) to logits (B, C): three stages of n_layer residual blocks."""
+
+    def __init__(self, n_channel, n_layer, n_classes):
+        super().__init__()
+        n = n_channel
+        self.conv = nn.Conv2d(1, n, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(n)
+        blocks = []
+        for n_in, n_out, stride in ((n, n, 1), (n, 2 * n, 2), (2 * n, 4 * n, 2)):
+            blocks += [Block(n_in, n_out, stride)]
+            blocks += [Block(n_out, n_out, 1) for _ in range(n_layer - 1)]
+        self.blocks = nn.Sequential(*blocks)
+        self.out = nn.Linear(4 * n, n_classes)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.bn(self.conv(x))), 2)  # (B, n, 14, 14)
+        x = self.blocks(x)  # (B, 4n, 4, 4)
+        return self.out(x.mean(dim=(2, 3)))  # (B, C)
+
+
+# ---------- optimizer ----------
+
+
+class OptaxAdam:
+    """optax.adam with a schedule (iteration to learning rate) over torch parameters on the CPU."""
+
+    def __init__(self, params, schedule):
+        jax.config.update("jax_platforms", "cpu")  # never take memory on a GPU
+        self.params = list(params)
+        self.tx = optax.adam(schedule)
+        self.state = self.tx.init([jax.dlpack.from_dlpack(p.detach()) for p in self.params])
+        self.update = jax.jit(self._update)
+
+    def _update(self, params, grads, state):
+        updates, state = self.tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def zero_grad(self):
+        for p in self.params:
+            p.grad = None
+
+    def step(self):
+        # dlpack passes addresses, not numbers: JAX reads torch's memory, then torch reads JAX's.
+        params = [jax.dlpack.from_dlpack(p.detach()) for p in self.params]
+        grads = [jax.dlpack.from_dlpack(p.grad) for p in self.params]
+        params, self.state = self.update(params, grads, self.state)
+        for p, new in zip(self.params, jax.block_until_ready(params)):
+            p.data = torch.from_dlpack(new)
+
+
+# ---------- evaluation ----------
+
+
+@torch.no_grad()
+def evaluate(model, dataset, name):
+    """Return the mean loss (nats) and the accuracy on a TensorDataset, as name_loss and so on."""
+    model.eval()
+    x, y = dataset.tensors
+    logits = torch.cat([model(part) for part in x.split(1000)])  # (N, C)
+    model.train()
+    accuracy = (logits.argmax(dim=1) == y).float().mean().item()
+    return {f"{name}_loss": F.cross_entropy(logits, y).item(), f"{name}_accuracy": accuracy}
+
+
+# ---------- training ----------
+
+
+def start_run(args):
+    """Make out_dir with an empty metrics.jsonl, and args.json, which tells what made the run."""
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    (args.out_dir / "metrics.jsonl").write_text("")
+    made_by = {"python": platform.python_version(), "torch": torch.__version__, "device": "cpu"}
+    (args.out_dir / "args.json").write_text(json.dumps(vars(args) | made_by, default=str))
+
+
+def log_metrics(args, record):
+    """Append a record to metrics.jsonl and print it above the progress bar."""
+    with open(args.out_dir / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(record) + "\n")
+    tqdm.write("  ".join(f"{key} {value:.5g}" for key, value in record.items()))
+
+
+def train(args):
+    """Run the whole step; return the last record of metrics.jsonl."""
+    start = time.perf_counter()
+    torch.manual_seed(args.seed)
+    train_set, test_set = load_data(args)
+    if args.batch_size > len(train_set):
+        fail(f"--batch_size {args.batch_size} is over the {len(train_set)} training images")
+    train_part = TensorDataset(*train_set[: len(test_set)])  # as many as there are test images
+    batches = minibatches(train_set, args.batch_size)
+    model = ResNet(args.n_channel, args.n_layer, 10)
+    schedule = optax.cosine_decay_schedule(args.learning_rate, args.max_iters)
+    optimizer = OptaxAdam(model.parameters(), schedule)
+    start_run(args)
+
+    for iter_num in (bar := tqdm(range(args.max_iters + 1), disable=None)):
+        if iter_num % args.eval_interval == 0 or iter_num == args.max_iters:
+            record = {"iter": iter_num, "seconds": time.perf_counter() - start}
+            record["learning_rate"] = float(schedule(iter_num))
+            record |= evaluate(model, train_part, "train") | evaluate(model, test_set, "test")
+            log_metrics(args, record)
+            if iter_num == args.max_iters:
+                break
+
+        x, y = next(batches)
+        logits = model(augment(x, args.shift))
+        loss = F.cross_entropy(logits, y)
+        if not math.isfinite(loss.item()):
+            fail(f"loss {loss} at iteration {iter_num}, --learning_rate {args.learning_rate}")
+        if iter_num % args.log_interval == 0:
+            bar.set_postfix(loss=f"{loss:.4f}")
+
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    print(f"test accuracy {record['test_accuracy']:.2%} after {record['seconds']:.0f} s")
+    print(f"picture: {plot_run(args.out_dir)}")
+    return record
+
+
+# ---------- command line ----------
+
+
+def fail(message, exit_code=2):
+    """Leave with one line on standard error."""
+    tqdm.write(f"train.py: error: {message}", file=sys.stderr)
+    raise SystemExit(exit_code)
+
+
+def number(kind, low, high=1e9):
+    """Return an argparse type: an int or float (kind) from low to high."""
+
+    def convert(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise ValueError
+        return value
+
+    convert.__name__ = f"{kind.__name__} from {low:g} to {high:g}"  # argparse puts it in its error
+    return convert
+
+
+def parse_args(argv=None):
+    """Return the flags of the command line (or of argv), checked."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        usage=argparse.SUPPRESS,  # so that an error is one line
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    here = Path(__file__).resolve().parent
+    flag = parser.add_argument_group("data").add_argument
+    data_dir = os.environ.get("DATA_DIR", here.parent / "data")
+    flag("--data_dir", type=Path, default=data_dir, help="folder that holds MNIST/raw/")
+    flag("--shift", type=number(int, 0, 27), default=2, help="augmentation, in pixels")
+    flag("--batch_size", type=number(int, 1), default=128, help="examples in a minibatch")
+    flag = parser.add_argument_group("model").add_argument
+    flag("--n_layer", type=number(int, 1), default=1, help="residual blocks a stage")
+    flag("--n_channel", type=number(int, 1), default=16, help="channels of the first stage")
+    flag = parser.add_argument_group("optimizer").add_argument
+    flag("--learning_rate", type=number(float, 1e-9), default=5e-3, help="Adam's, at the start")
+    flag("--max_iters", type=number(int, 1), default=7000, help="minibatches to train on")
+    flag = parser.add_argument_group("logging").add_argument
+    flag("--eval_interval", type=number(int, 1), default=500, help="iterations between evaluations")
+    flag("--log_interval", type=number(int, 1), default=10, help="iterations between bar updates")
+    flag("--out_dir", type=Path, default=here / "out", help="everything the run writes")
+    flag = parser.add_argument_group("system").add_argument
+    flag("--seed", type=number(int, 0), default=1337, help="same seed, same run")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    args = parse_args()
+    try:
+        train(args)
+    except KeyboardInterrupt:
+        fail("interrupted", exit_code=130)
+    except OSError as error:
+        fail(f"--out_dir {args.out_dir}: {error}")
