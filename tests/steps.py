@@ -1,0 +1,103 @@
+"""What the tests share: the steps found on disk, how to import one, how to run one."""
+
+import ast
+import contextlib
+import functools
+import importlib.util
+import io
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = sorted(path.parent.name for path in ROOT.glob("[0-9][0-9]_*/train.py"))
+
+# Flags that make a step's run last about a second. A step without a line here fails its tests.
+TINY = {
+    "01_linreg_numpy": "--n_examples 500 --max_iters 20 --eval_interval 10",
+    "02_linreg_torch": "--n_examples 500 --max_iters 20 --eval_interval 10",
+    "03_vector_linreg": "--n_examples 500 --max_iters 20 --eval_interval 10",
+    "04_softmax_classify": "--n_examples 500 --max_iters 20 --eval_interval 10",
+    "05_mlp_manual": "--n_examples 500 --max_iters 20 --eval_interval 10 --n_hidden 16",
+    "06_mlp_nn": "--n_examples 500 --max_iters 20 --eval_interval 10 --n_hidden 16",
+    "07_mnist_mlp": "--max_iters 6 --eval_interval 3 --batch_size 32 --n_hidden 16",
+    "08_mnist_adam": "--max_iters 6 --eval_interval 3 --batch_size 32 --n_hidden 16",
+    "09_mnist_convnet": "--max_iters 4 --eval_interval 2 --batch_size 32",
+    "10_mnist_resnet": "--max_iters 4 --eval_interval 2 --batch_size 32 --n_channel 4",
+    "15_imagenet": "--recipe tiny --batch_size 8 --max_iters 4 --eval_interval 2 --num_workers 0"
+    " --train_size 16 --test_size 16",
+    "16_nanogpt_shakespeare": "--n_layer 2 --n_head 2 --n_embd 16 --block_size 16 --batch_size 4"
+    " --max_iters 6 --eval_interval 3 --max_new_tokens 10",
+}
+
+
+def source(step):
+    return (ROOT / step / "train.py").read_text()
+
+
+def tiny_flags(step, data_dir, out_dir):
+    """Return the command line of a run of about a second: a list of strings."""
+    flags = [*TINY[step].split(), "--out_dir", str(out_dir)]
+    if '"--data_dir"' in source(step):
+        own = "imagenet" if step == "15_imagenet" else ""  # --data_dir is the folder with train/
+        flags += ["--data_dir", str(data_dir / own)]
+    return flags
+
+
+@contextlib.contextmanager
+def plot_of(folder):
+    """Let `from plot import ...` find the folder's own plot.py, as when its script is run."""
+    sys.modules.pop("plot", None)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        sys.modules.pop("plot", None)
+
+
+@functools.cache
+def load_step(step):
+    """Import a step's train.py as a module of its own; "07" is enough of a name."""
+    (step,) = [name for name in STEPS if name.startswith(step)]
+    spec = importlib.util.spec_from_file_location(f"step_{step}", ROOT / step / "train.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    with plot_of(ROOT / step):
+        spec.loader.exec_module(module)
+    return module
+
+
+def run_main(step, *flags):
+    """Run a step as `python train.py FLAGS` does, in this process: (exit code, stderr)."""
+    errors, argv = io.StringIO(), sys.argv
+    sys.argv = ["train.py", *map(str, flags)]
+    with plot_of(ROOT / step), contextlib.redirect_stderr(errors):
+        try:
+            runpy.run_path(str(ROOT / step / "train.py"), run_name="__main__")
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        finally:
+            sys.argv = argv
+    return code, errors.getvalue()
+
+
+def run_alone(folder, *flags, cwd, timeout=300):
+    """Run a folder's train.py in a process of its own, away from the repository."""
+    env = {k: v for k, v in os.environ.items() if k not in ("DATA_DIR", "PYTHONPATH")}
+    command = [sys.executable, str(folder / "train.py"), *map(str, flags)]
+    return subprocess.run(
+        command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def definitions(step):
+    """Return {name: source text} of a train.py's top-level functions and classes."""
+    lines, found = source(step).splitlines(), {}
+    for node in ast.parse(source(step)).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            first = min([node.lineno] + [d.lineno for d in node.decorator_list])
+            found[node.name] = "\n".join(lines[first - 1 : node.end_lineno])
+    return found

@@ -1,0 +1,414 @@
+"""Step 15: torchvision's network, a pack that loses only what is broken, an exact resume."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torchvision
+from PIL import Image
+from standins import write_imagenet
+from steps import load_step, run_main
+
+TINY = "--recipe tiny --train_size 16 --test_size 16 --batch_size 8 --num_workers 0".split()
+TINY += "--device cpu --dtype float32 --max_iters 6 --eval_interval 2".split()
+
+
+@pytest.fixture(scope="module")
+def step():
+    return load_step("15_imagenet")
+
+
+@pytest.fixture
+def tree(tmp_path):
+    write_imagenet(tmp_path)
+    return tmp_path / "imagenet"
+
+
+def flags(step, tree, tmp_path, *more):
+    out_dir = ["--data_dir", str(tree), "--out_dir", str(tmp_path / "out")]
+    return step.parse_args([*TINY, *out_dir, *more])
+
+
+def small_net(step, monkeypatch=None):
+    """Put a net with the same layers, but few weights, in the place of ResNet."""
+
+    def make(depth, n_classes, small_stem):
+        blocks = [step.conv(3, 8, 3, 2), nn.BatchNorm2d(8), step.Basic(8, 8, 1)]
+        return nn.Sequential(
+            *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, n_classes)
+        )
+
+    if monkeypatch:
+        monkeypatch.setattr(step, "ResNet", make)
+    else:
+        step.ResNet = make
+
+
+# ---------- model ----------
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_logits_are_those_of_torchvision_with_our_weights(step, depth):
+    torch.manual_seed(0)
+    ours = step.ResNet(depth, 1000, small_stem=False).eval()
+    for module in ours.modules():
+        if isinstance(module, nn.BatchNorm2d):  # the zero scales would hide the branches
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    theirs = getattr(torchvision.models, f"resnet{depth}")().eval()
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+
+
+def test_resnet50_has_25557032_parameters(step):
+    with torch.device("meta"):
+        model = step.ResNet(50, 1000, small_stem=False)
+    assert sum(p.numel() for p in model.parameters()) == 25_557_032
+
+
+@pytest.mark.parametrize("block", ["Basic", "Bottleneck"])
+def test_a_new_block_is_its_shortcut(step, block):
+    x = torch.randn(2, 32, 8, 8).relu()
+    n = 32 if block == "Basic" else 8
+    torch.testing.assert_close(getattr(step, block)(32, n, 1)(x), x)
+
+
+def test_norms_and_biases_do_not_decay(step):
+    args = step.parse_args(["--recipe", "tiny"])
+    model = step.ResNet(18, 20, small_stem=True)
+    decay, rest = step.make_optimizer(args, model).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert decay["weight_decay"] == args.weight_decay and rest["weight_decay"] == 0
+    assert all(
+        "conv" in names[id(p)] or names[id(p)].endswith(("fc.weight", "0.weight"))
+        for p in decay["params"]
+    )
+    assert len(decay["params"]) + len(rest["params"]) == len(names)
+    assert any("bn" in names[id(p)] for p in rest["params"])
+
+
+def test_schedule_warms_up_then_falls_to_zero(step):
+    args = step.parse_args(["--recipe", "tiny", "--max_iters", "100"])
+    args.warmup_iters = 10
+    rates = [step.schedule(args, i) for i in range(101)]
+    assert rates[:10] == sorted(rates[:10]) and rates[10] == args.learning_rate
+    assert rates[10:] == sorted(rates[10:], reverse=True) and abs(rates[100]) < 1e-12
+
+
+# ---------- data ----------
+
+
+def test_packing_shrinks_the_shorter_side_and_keeps_small_jpegs(step, tree, tmp_path):
+    args = flags(step, tree, tmp_path, "--pack_size", "56")
+    images, _, names = step.load_data(args)
+    assert names == [f"n{i:08d}" for i in range(len(names))]
+    _, files = step.list_images(args, "train")
+    assert len(images.rows) == len(files)
+    packed = np.fromfile(images.pack, np.uint8)
+    kept = 0
+    for (path, label), (end, packed_label), start in zip(
+        files, images.rows, [0, *images.rows[:, 0]]
+    ):
+        assert label == packed_label
+        before, after = step.decode(np.fromfile(path, np.uint8)), step.decode(packed[start:end])
+        assert min(after.shape[1:]) == min(56, *before.shape[1:])
+        assert abs(after.float().mean() - before.float().mean()) < 3
+        kept += packed[start:end].tobytes() == open(path, "rb").read()
+    assert 0 < kept < len(files)
+
+
+def test_packing_goes_on_where_it_was_killed(step, tree, tmp_path):
+    args = flags(step, tree, tmp_path)
+    pack, rows, _ = step.pack_images(args, "train")
+    whole = pack.read_bytes()
+    os.truncate(pack, len(whole) // 2)  # the rest never reached the disk
+    os.truncate(pack.with_suffix(".index"), 16 * len(rows) - 7)
+    before = pack.stat().st_ino
+    _, rows_again, _ = step.pack_images(args, "train")
+    assert pack.read_bytes() == whole and pack.stat().st_ino == before
+    np.testing.assert_array_equal(rows, rows_again)
+
+
+def test_broken_image_is_named(step, tree, tmp_path, capsys):
+    victim = sorted((tree / "train").glob("*/*"))[5]
+    victim.write_bytes(victim.read_bytes()[:300])
+    with pytest.raises(SystemExit) as error:
+        step.load_data(flags(step, tree, tmp_path))
+    assert error.value.code == 2 and str(victim) in capsys.readouterr().err
+
+
+def test_one_broken_image_in_thousands_is_left_out(step, tmp_path):
+    tree = tmp_path / "imagenet"
+    write_imagenet(tmp_path, n_train=300)
+    victim = sorted((tree / "train").glob("*/*"))[700]
+    victim.write_bytes(b"not an image")
+    args = flags(step, tree, tmp_path)
+    images, _, _ = step.load_data(args)
+    _, files = step.list_images(args, "train")
+    assert len(images.rows) == len(files) - 1
+    assert images.rows[:, 1].tolist() == [y for path, y in files if path != str(victim)]
+
+
+def test_odd_images_are_read(step, tmp_path):
+    pixels = np.zeros((40, 60, 3), np.uint8)
+    pixels[:, :30] = 255  # white on the left
+    image, exif = Image.fromarray(pixels), Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter to the right: white on top
+    image.save(tmp_path / "turned.jpeg", exif=exif)
+    image.convert("L").save(tmp_path / "grey.jpeg")
+    image.convert("CMYK").save(tmp_path / "cmyk.jpeg")
+    image.save(tmp_path / "png.jpeg", format="PNG")
+    images = {p.stem: step.decode(np.fromfile(p, np.uint8)) for p in tmp_path.glob("*.jpeg")}
+    assert images["turned"].shape == (3, 60, 40)
+    assert images["turned"][:, :25].min() > 200 and images["turned"][:, 35:].max() < 50
+    for name in ("grey", "cmyk", "png"):
+        assert images[name].shape == (3, 40, 60)
+        assert images[name][:, :, :25].min() > 200 and images[name][:, :, 35:].max() < 50
+
+
+def test_crops_lie_inside_and_cover_what_they_should(step):
+    rng = random.Random(0)
+    areas = []
+    for _ in range(500):
+        top, left, height, width = step.random_crop(90, 160, 0.25, rng)
+        assert 0 <= top <= 90 - height and 0 <= left <= 160 - width
+        areas.append(height * width / (90 * 160))
+    assert 0.24 < min(areas) < 0.3 and max(areas) > 0.7
+    assert step.middle_crop(90, 160, 1) == (0, 35, 90, 90)
+
+
+def test_batches_are_a_function_of_seed_and_iteration(step, tree, tmp_path):
+    args = flags(step, tree, tmp_path)
+    images, _, _ = step.load_data(args)
+    n = len(images.rows) // 8
+    run = step.minibatches(args, images, 0)
+    batches = [next(run) for _ in range(3 * n)]
+    for iter_num in range(3 * n):
+        assert next(step.minibatches(args, images, iter_num)) == batches[iter_num]
+    epochs = [[i for batch in batches[e * n : e * n + n] for i, _ in batch] for e in range(3)]
+    assert all(len(set(epoch)) == 8 * n for epoch in epochs)  # every image once
+    assert epochs[0] != epochs[1]
+    x, y = images[batches[4][0]]
+    again, _ = images[batches[4][0]]
+    assert torch.equal(x, again) and x.dtype == torch.uint8 and x.shape == (3, 16, 16)
+    other, _ = images[batches[4][0][0], 1]
+    assert not torch.equal(x, other)
+
+
+def test_every_validation_image_counts_once(step, tree, tmp_path):
+    args = flags(step, tree, tmp_path, "--batch_size", "5")
+    _, images, names = step.load_data(args)
+    seen = []
+
+    class Spy(nn.Module):
+        def forward(self, x):
+            seen.append(len(x))
+            return torch.arange(4.0).expand(len(x), 4)
+
+    result = step.evaluate(args, Spy(), images)
+    assert sum(seen) == len(images.rows) == 16 and seen[-1] == 1
+    assert result["top1"] == 0.25 and result["top5"] == 1
+
+
+def test_mixing_keeps_the_shares(step):
+    args = step.parse_args(["--recipe", "tiny", "--mixup", "0.2", "--cutmix", "1"])
+    x, y = torch.randint(256, (8, 3, 16, 16), dtype=torch.uint8), torch.arange(8) % 4
+    mixed, shares = step.augment(args, x, y, 4)
+    assert mixed.shape == x.shape and shares.shape == (8, 4)
+    torch.testing.assert_close(shares.sum(1), torch.ones(8))
+    plain = step.parse_args(["--recipe", "tiny"])
+    torch.manual_seed(0)
+    kept, same = step.augment(plain, x, y, 4)
+    both = torch.stack([step.normalise(x), step.normalise(x.flip(3))])
+    mirrored = (kept == both).flatten(2).all(2)
+    assert mirrored.any(0).all() and mirrored[0].any() and mirrored[1].any() and same is y
+
+
+# ---------- checkpoint ----------
+
+
+def run_and_die(argv, function, count):
+    """Train in this process, which SIGKILLs itself at the count-th call of a function."""
+    torch.set_num_threads(1)
+    step = load_step("15_imagenet")
+    small_net(step)
+    place, name = (os, "replace") if function == "os.replace" else (step, function)
+    calls, original = [], getattr(place, name, None)
+
+    def dying(*args):
+        calls.append(1)
+        if len(calls) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args)
+
+    if original:
+        setattr(place, name, dying)
+    step.train(step.parse_args(argv))
+
+
+def run(argv, function="", count=0):
+    """Run run_and_die in a fresh process; return how it ended."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torchvision.transforms.v2", "test_15_imagenet"])
+    process = context.Process(target=run_and_die, args=(argv, function, count))
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+DEATHS = [
+    ("schedule", 4),
+    ("evaluate", 2),
+    ("os.replace", 3),
+    ("save_checkpoint", 6),
+    ("schedule", 3),
+]
+
+
+def test_killed_at_five_moments_ends_bit_identical(tree, tmp_path):
+    more = ["--data_dir", str(tree), "--max_iters", "12"]
+    whole = [*TINY, *more, "--out_dir", str(tmp_path / "whole")]
+    broken = [*TINY, *more, "--out_dir", str(tmp_path / "broken")]
+    assert run(whole) == 0
+    for function, count in DEATHS:
+        assert run(broken, function, count) == -signal.SIGKILL
+        if "--init_from" not in broken:
+            broken += ["--init_from", "resume"]
+    assert run(broken) == 0
+    for name in ("last.pt", "best.pt"):
+        a, b = (torch.load(tmp_path / run / name) for run in ("whole", "broken"))
+        for part in ("model", "ema"):
+            assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
+        momentum = [
+            [s["momentum_buffer"] for s in c["optimizer"]["state"].values()] for c in (a, b)
+        ]
+        assert all(torch.equal(x, y) for x, y in zip(*momentum))
+    a, b = (metrics(tmp_path / run) for run in ("whole", "broken"))
+    assert a == b and len(a) == 7
+
+
+def metrics(out_dir):
+    """Return the records of a run without the times."""
+    lines = (out_dir / "metrics.jsonl").read_text().splitlines()
+    timed = ("seconds", "images_per_second", "data_share")
+    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_leaves(step, tree, tmp_path, number, monkeypatch):
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    small_net(step, monkeypatch)
+    ends = {}
+    for name, at in (
+        ("whole", 0),
+        ("stopped", 4),
+    ):  # the 4th update is in the middle of an interval
+        args = flags(step, tree, tmp_path / name)
+        updates = []
+
+        def schedule(args, iter_num, at=at, updates=updates):
+            updates.append(iter_num)
+            if len(updates) == at:
+                os.kill(os.getpid(), number)
+            return 0.1
+
+        monkeypatch.setattr(step, "schedule", schedule)
+        try:
+            step.train(args, step.catch_signals())
+            if at:
+                assert updates == [0, 1, 2, 3]
+                step.train(flags(step, tree, tmp_path / name, "--init_from", "resume"))
+        finally:
+            for n, handler in before.items():
+                signal.signal(n, handler)
+        ends[name] = torch.load(tmp_path / name / "out" / "last.pt")["model"]
+        ends[name + " metrics"] = metrics(tmp_path / name / "out")
+    assert all(torch.equal(ends["whole"][k], ends["stopped"][k]) for k in ends["whole"])
+    assert ends["whole metrics"] == ends["stopped metrics"]
+
+
+def test_what_is_loaded_makes_the_same_batches_in_processes(step, tree, tmp_path):
+    args = flags(step, tree, tmp_path, "--trivial_augment")
+    images, _, _ = step.load_data(args)
+    alone = next(step.load_batches(args, images, step.minibatches(args, images, 3)))
+    args.num_workers = 2
+    helped = next(step.load_batches(args, images, step.minibatches(args, images, 3)))
+    assert torch.equal(alone[0], helped[0]) and torch.equal(alone[1], helped[1])
+
+
+# ---------- predictions ----------
+
+
+def test_predict_names_five_classes(step, tree, tmp_path, capsys):
+    (tree / "words.txt").write_text("n00000002\ttabby, tabby cat\n")
+    args = flags(step, tree, tmp_path, "--max_iters", "2")
+    step.train(args)
+    capsys.readouterr()
+    file = next((tree / "val" / "n00000002").iterdir())
+    step.predict(flags(step, tree, tmp_path, "--predict", str(file)))
+    line = capsys.readouterr().out
+    assert line.startswith(f"{file}: ") and line.count("%") == 4
+    assert "n00000002 tabby, tabby cat" in line and "n00000003" in line
+
+
+# ---------- bad input ----------
+
+
+def error_of(*argv):
+    code, errors = run_main("15", *TINY, *argv)
+    assert code == 2
+    assert len(errors.strip().splitlines()) == 1 and "Traceback" not in errors, errors
+    return errors
+
+
+def test_val_without_class_folders_gives_the_fix(tree, tmp_path):
+    for path in list((tree / "val").glob("*/*")):
+        path.rename(tree / "val" / path.name)
+    for folder in list((tree / "val").glob("n*[0-9]")):
+        if folder.is_dir():
+            folder.rmdir()
+    errors = error_of("--data_dir", tree, "--out_dir", tmp_path / "out")
+    assert str(tree / "val") in errors and "valprep.sh" in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_absent_data_says_where_it_belongs(tmp_path):
+    errors = error_of("--data_dir", tmp_path / "nowhere", "--out_dir", tmp_path / "out")
+    assert str(tmp_path / "nowhere" / "train") in errors and "standins.py" in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_bad_input_is_one_line(step, tree, tmp_path, monkeypatch):
+    place = ["--data_dir", tree, "--out_dir", tmp_path / "out"]
+    assert "--batch_size 65" in error_of(*place, "--batch_size", "65")
+    (tmp_path / "file").write_text("")
+    assert "--cache_dir" in error_of(*place, "--cache_dir", tmp_path / "file")
+    assert "last.pt" in error_of(*place, "--init_from", "resume")
+    assert "best.pt" in error_of(*place, "--predict", tmp_path / "file")
+    if not torch.cuda.is_available():
+        assert "--device cuda" in error_of(*place, "--device", "cuda")
+    assert not (tmp_path / "out").exists()
+    extra = tree / "val" / "n00000009"
+    extra.mkdir()
+    assert "class folders" in error_of(*place)
+
+
+def test_damaged_checkpoint_is_one_line_and_stays(step, tree, tmp_path, monkeypatch):
+    args = flags(step, tree, tmp_path, "--max_iters", "1")
+    step.train(args)
+    place = ["--data_dir", tree, "--out_dir", args.out_dir, "--init_from", "resume"]
+    assert "shape" in error_of(*place, "--depth", "34")
+    last = args.out_dir / "last.pt"
+    whole = last.read_bytes()
+    for damaged in (b"", b"hello", whole[: len(whole) // 2], whole[:-1]):
+        last.write_bytes(damaged)
+        assert str(last) in error_of(*place)
+        assert last.read_bytes() == damaged

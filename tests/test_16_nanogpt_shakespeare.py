@@ -1,0 +1,390 @@
+"""Step 16: GPT-2's blocks as nanoGPT has them, exact evaluation, cached sampling, exact resume."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from steps import ROOT, load_step, run_main, tiny_flags
+
+STEP = "16_nanogpt_shakespeare"
+step = load_step(STEP)
+SMALL = "--n_layer 2 --n_head 2 --n_embd 16 --block_size 16 --batch_size 4 --dtype float32".split()
+
+
+def small(*flags):
+    """Return args and a model with large weights, so that mistakes show in its outputs."""
+    args = step.parse_args([*SMALL, "--device", "cpu", *map(str, flags)])
+    torch.manual_seed(0)
+    model = step.GPT(args, 65)
+    for p in model.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    return args, model
+
+
+def records(out_dir):
+    return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def gpu_sizes():
+    return step.parse_args("--n_layer 6 --n_head 6 --n_embd 384 --block_size 256".split())
+
+
+def test_parameter_count_is_nanogpts():
+    model = step.GPT(gpu_sizes(), 65)
+    assert sum(p.numel() for p in model.parameters()) - model.wpe.weight.numel() == 10_646_784
+
+
+def test_first_loss_is_that_of_a_guess():
+    torch.manual_seed(0)
+    model = step.GPT(gpu_sizes(), 65).eval()
+    ids = torch.randint(65, (4, 65))
+    with torch.no_grad():
+        loss = step.loss_fn(model(ids[:, :-1]), ids[:, 1:]).item()
+    assert loss == pytest.approx(math.log(65), rel=0.03)
+
+
+def test_residual_projections_start_smaller():
+    torch.manual_seed(0)
+    model = step.GPT(gpu_sizes(), 65)
+    for block in model.h:
+        for layer in (block.attn.c_proj, block.mlp.c_proj):
+            assert layer.weight.std().item() == pytest.approx(0.02 / math.sqrt(12), rel=0.05)
+        assert block.mlp.c_fc.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_biases_only_where_asked_and_zero_at_first():
+    assert not [n for n, _ in step.GPT(small()[0], 65).named_parameters() if n.endswith("bias")]
+    args = small("--bias")[0]
+    biases = [p for n, p in step.GPT(args, 65).named_parameters() if n.endswith("bias")]
+    assert len(biases) == 2 * 6 + 1
+    assert not any(p.any() for p in biases)
+
+
+def test_later_characters_never_change_earlier_logits():
+    _, model = small()
+    x = torch.randint(65, (3, 16))
+    changed = x.clone()
+    changed[:, 9:] = (x[:, 9:] + 7) % 65
+    a, b = model.eval()(x), model(changed)
+    assert torch.equal(a[:, :9], b[:, :9])
+    assert (a[:, 9:] - b[:, 9:]).abs().amax(2).min() > 1e-3
+
+
+def test_attention_on_the_cpu_equals_torchs():
+    _, model = small()
+    attention, x = model.h[0].attn.eval(), torch.randn(2, 16, 16)
+    q, k, v = attention.c_attn(x).view(2, 16, 3, 2, 8).permute(2, 0, 3, 1, 4)
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    expected = attention.c_proj(y.transpose(1, 2).reshape(2, 16, 16))
+    assert torch.allclose(attention(x), expected, atol=1e-5)
+
+
+def test_dropout_acts_in_training_only():
+    _, model = small("--dropout", 0.5)
+    x = torch.randint(65, (2, 16))
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
+
+
+def test_bfloat16_agrees_with_float32():
+    args, model = small()
+    ids = torch.randint(65, (200,))
+    exact = step.evaluate(args, model, ids)
+    args.dtype = "bfloat16"
+    assert step.evaluate(args, model, ids) == pytest.approx(exact, rel=0.03)
+
+
+def test_a_batch_is_windows_and_the_characters_after_them():
+    args, _ = small()
+    ids = torch.arange(40)
+    x, y = step.draw_batch(ids, args)
+    assert x.shape == y.shape == (4, 16)
+    assert torch.equal(y, x + 1)
+    assert torch.equal(x, x[:, :1] + torch.arange(16))
+    seen = torch.cat([step.draw_batch(ids, args)[1].flatten() for _ in range(200)])
+    assert seen.min() == 1
+    assert seen.max() == 39
+
+
+@pytest.mark.parametrize("n", [17, 40, 48, 49, 50, 16 * 64 + 5])
+def test_evaluation_counts_every_character_once(n):
+    args, model = small()
+    ids = torch.randint(65, (n,))
+    losses = []
+    model.eval()
+    for i in range(n - 1):  # character i + 1, from its window's beginning on
+        first = i // 16 * 16
+        logits = model(ids[None, first : i + 1])[0, -1]
+        losses.append(F.cross_entropy(logits, ids[i + 1]).item())
+    assert step.evaluate(args, model, ids) == pytest.approx(sum(losses) / (n - 1), rel=1e-5)
+
+
+def test_adamw_is_nanogpts_recipe():
+    for device, sizes in (("cpu", (4, 4, 128, 64, 12, 2000)), ("cuda", (6, 6, 384, 256, 64, 5000))):
+        args = step.parse_args(["--device", device, "--optimizer", "adamw"])
+        names = "n_layer n_head n_embd block_size batch_size max_iters".split()
+        assert tuple(getattr(args, name) for name in names) == sizes
+        assert (args.learning_rate, args.min_lr, args.warmup_iters) == (1e-3, 1e-4, 100)
+        assert (args.beta1, args.beta2, args.weight_decay, args.grad_clip) == (0.9, 0.99, 0.1, 1.0)
+        assert args.dropout == (0.2 if device == "cuda" else 0.0)
+        assert args.lr_decay_iters == args.max_iters
+    assert step.schedule(args, 0) == pytest.approx(1e-3 / 101)
+    assert step.schedule(args, 100) == pytest.approx(1e-3)
+    assert step.schedule(args, 2550) == pytest.approx((1e-3 + 1e-4) / 2)
+    assert step.schedule(args, 5000) == step.schedule(args, 6000) == pytest.approx(1e-4)
+
+
+def test_a_flag_overrides_the_recipe():
+    args = step.parse_args(["--device", "cpu", "--n_embd", "64", "--learning_rate", "0.5"])
+    assert (args.n_embd, args.learning_rate, args.n_layer) == (64, 0.5, 4)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_matrices_decay_and_vectors_do_not(optimizer):
+    args, model = small("--optimizer", optimizer, "--bias")
+    optimizers = step.make_optimizers(args, model)
+    names = {p: name for name, p in model.named_parameters()}
+    found = {}
+    for kind, each in optimizers.items():
+        for group in each.param_groups:
+            for p in group["params"]:
+                assert names[p] not in found
+                found[names[p]] = kind
+                assert group["weight_decay"] == (args.weight_decay if p.ndim == 2 else 0)
+    assert found.keys() == set(names.values())
+    hidden = {name for name in found if name.startswith("h.") and "ln" not in name}
+    hidden = {name for name in hidden if name.endswith("weight")}
+    assert {name for name in found if found[name] == "muon"} == (
+        hidden if optimizer == "muon" else set()
+    )
+
+
+def write_text(args, model, start, use_cache=True, stop=()):
+    return step.generate(args, model, start, stop, use_cache)
+
+
+@pytest.mark.parametrize("length", [1, 5, 16, 40])
+def test_cached_sampling_writes_the_same_text(length):
+    args, model = small("--temperature", 0, "--max_new_tokens", 60)
+    start = torch.randint(65, (3, length))
+    cached = write_text(args, model, start)
+    assert cached.shape == (3, length + 60)
+    assert torch.equal(cached, write_text(args, model, start, use_cache=False))
+    assert torch.equal(cached[:, :length], start)
+    assert len(cached.unique()) > 5
+
+
+def test_sampling_takes_the_likeliest_at_temperature_0():
+    args, model = small("--temperature", 0, "--max_new_tokens", 12)
+    ids = write_text(args, model, torch.randint(65, (2, 4)))
+    best = model.eval()(ids[:, :-1]).argmax(2)
+    assert torch.equal(ids[:, 4:], best[:, 3:])
+
+
+def test_top_k_and_seed():
+    args, model = small("--temperature", 5.0, "--max_new_tokens", 200, "--top_k", 3)
+    start = torch.zeros(4, 1, dtype=torch.long)
+    ids = write_text(args, model, start)
+    assert torch.equal(ids, write_text(args, model, start))
+    args.max_new_tokens = 15
+    ids = write_text(args, model, start)
+    best = model.eval()(ids[:, :-1]).topk(3).indices  # (B, T, 3)
+    assert (best == ids[:, 1:, None]).any(2).all()
+    args.seed += 1
+    assert not torch.equal(ids, write_text(args, model, start))
+
+
+def test_samples_end_with_stop():
+    args, model = small("--temperature", 2.0, "--max_new_tokens", 4000, "--num_samples", 3)
+    vocab = "".join(map(chr, range(40, 105)))
+    args.prompt, args.stop = "ab", "c"
+    texts = step.sample(args, model, vocab).split("\n---------------\n")
+    assert len(texts) == 3
+    for text in texts:
+        assert text.startswith("ab")
+        assert text.endswith("c")
+        assert text[2:].count("c") == 1
+
+
+def test_sampling_does_not_disturb_training(standins, tmp_path):
+    losses = []
+    for n in ("0", "20"):
+        flags = [*tiny_flags(STEP, standins, tmp_path), "--dropout", "0.3", "--max_new_tokens", n]
+        losses.append(step.train(step.parse_args(flags))["val_loss"])
+    assert losses[0] == losses[1]
+    assert (tmp_path / "samples.txt").read_text().count("=== iteration") == 6
+
+
+def state_of(path):
+    """Return the tensors of a checkpoint, all of them, in order."""
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["state"].pop("seconds")
+    return checkpoint
+
+
+def assert_equal(a, b):
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_equal(x, y)
+    else:
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_killed_and_resumed_is_bit_identical(optimizer, standins, tmp_path):
+    flags = [*tiny_flags(STEP, standins, tmp_path / "killed"), "--optimizer", optimizer]
+    flags += ["--max_iters", "400", "--eval_interval", "20", "--dropout", "0.2"]
+    command = [sys.executable, str(ROOT / STEP / "train.py"), *flags]
+    env = os.environ | {"OMP_NUM_THREADS": "2"}
+    run = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = tmp_path / "killed" / "metrics.jsonl"
+    deadline = time.time() + 120
+    while time.time() < deadline and not (log.exists() and len(log.read_text().splitlines()) > 3):
+        time.sleep(0.02)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    assert torch.load(tmp_path / "killed/last.pt", weights_only=True)["state"]["iter_num"] < 400
+    subprocess.run([*command, "--init_from", "resume"], env=env, check=True, capture_output=True)
+    command[command.index(str(tmp_path / "killed"))] = str(tmp_path / "whole")
+    subprocess.run(command, env=env, check=True, capture_output=True)
+    assert_equal(state_of(tmp_path / "killed/last.pt"), state_of(tmp_path / "whole/last.pt"))
+    iters = [[r["iter"] for r in records(tmp_path / name)] for name in ("killed", "whole")]
+    assert iters[0] == iters[1]
+
+
+def test_a_signal_saves_and_resume_goes_on(standins, tmp_path):
+    class Stop:
+        def is_set(self):
+            self.asked = getattr(self, "asked", 0) + 1
+            return self.asked > 5
+
+    flags = tiny_flags(STEP, standins, tmp_path)
+    assert step.train(step.parse_args(flags), Stop())["iter"] == 5
+    final = step.train(step.parse_args([*flags, "--init_from", "resume"]))
+    whole = step.train(step.parse_args(tiny_flags(STEP, standins, tmp_path / "whole")))
+    assert final["val_loss"] == whole["val_loss"]
+
+
+def test_resume_with_a_cropped_block(standins, tmp_path):
+    flags = [*tiny_flags(STEP, standins, tmp_path), "--block_size", "16"]
+    step.train(step.parse_args(flags))
+    long = torch.load(tmp_path / "last.pt", weights_only=True)["model"]["wpe.weight"]
+    flags += ["--init_from", "resume", "--block_size", "8", "--max_iters"]
+    args = step.parse_args([*flags, "6"])
+    step.train(args)
+    short = torch.load(tmp_path / "last.pt", weights_only=True)["model"]["wpe.weight"]
+    assert torch.equal(short, long[:8])
+    assert step.train(step.parse_args([*flags, "8"]))["iter"] == 8
+
+
+def test_the_checkpoint_tells_its_sizes(standins, tmp_path, capsys):
+    step.train(step.parse_args(tiny_flags(STEP, standins, tmp_path)))
+    args = step.parse_args(["--out_dir", str(tmp_path), "--sample_only", "--prompt", "The "])
+    assert args.n_embd == 16
+    args.max_new_tokens = 7
+    capsys.readouterr()
+    step.write_samples(args)
+    text = capsys.readouterr().out
+    assert text.startswith("The ")
+    assert len(text) == len("The ") + 7 + 1
+
+
+def test_prompt_from_a_file(tmp_path):
+    (tmp_path / "prompt.txt").write_text("Good night", encoding="utf-8")
+    args = step.parse_args(["--prompt", f"FILE:{tmp_path / 'prompt.txt'}"])
+    assert args.prompt == "Good night"
+
+
+def test_eval_only_trains_nothing(standins, tmp_path):
+    flags = tiny_flags(STEP, standins, tmp_path)
+    final = step.train(step.parse_args(flags))
+    before = (tmp_path / "last.pt").read_bytes()
+    again = step.train(step.parse_args([*flags, "--init_from", "resume", "--eval_only"]))
+    assert again["val_loss"] == final["val_loss"]
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def assert_one_line(result, *words):
+    code, errors = result
+    assert code == 2
+    lines = [line for line in errors.splitlines() if "it/s]" not in line and line.strip()]
+    assert len(lines) == 1, errors
+    for word in words:
+        assert str(word) in lines[0]
+
+
+def test_damaged_checkpoints(standins, tmp_path):
+    flags = [*tiny_flags(STEP, standins, tmp_path), "--init_from", "resume"]
+    assert_one_line(run_main(STEP, *flags), tmp_path / "last.pt")
+    step.train(step.parse_args(flags[:-2]))
+    assert_one_line(run_main(STEP, *flags, "--n_embd", "32"), tmp_path / "last.pt", "shape")
+    whole = (tmp_path / "last.pt").read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"no checkpoint"):
+        (tmp_path / "last.pt").write_bytes(damaged)
+        assert_one_line(run_main(STEP, *flags), tmp_path / "last.pt", "whole")
+        assert (tmp_path / "last.pt").read_bytes() == damaged
+    assert len(records(tmp_path)) == 3
+
+
+def test_a_checkpoint_of_other_characters(standins, tmp_path):
+    flags = tiny_flags(STEP, standins, tmp_path)
+    step.train(step.parse_args(flags))
+    text = (standins / "shakespeare" / "input.txt").read_text().replace("a", "%")
+    (tmp_path / "other.txt").write_text(text)
+    flags += ["--init_from", "resume", "--input", tmp_path / "other.txt"]
+    assert_one_line(run_main(STEP, *flags), tmp_path / "last.pt", "characters")
+
+
+def test_unknown_character_in_the_prompt(standins, tmp_path):
+    flags = tiny_flags(STEP, standins, tmp_path)
+    step.train(step.parse_args(flags))
+    flags = ["--sample_only", "--out_dir", tmp_path, "--prompt", "caf\u00e9"]
+    assert_one_line(run_main(STEP, *flags), "--prompt", "\u00e9")
+    flags[-2:] = ["--stop", "\u00e9"]
+    assert_one_line(run_main(STEP, *flags), "--stop", "\u00e9")
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["--n_head", "3"], "--n_embd 16"),
+        (["--prompt", "FILE:/nowhere"], "/nowhere"),
+        (["--prompt", ""], "--prompt"),
+        (["--block_size", "100000"], "--block_size"),
+        (["--prompt", "\u00e9"], "--prompt"),
+        *([(["--device", "cuda"], "--device cuda")] if not torch.cuda.is_available() else []),
+    ],
+)
+def test_bad_flags(flags, word, standins, tmp_path):
+    before = tiny_flags(STEP, standins, tmp_path / "out")
+    assert_one_line(run_main(STEP, *before, *flags), word)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", [b"caf\xe9 and more", b"too short"])
+def test_texts_that_cannot_be_used(content, tmp_path):
+    (tmp_path / "text.txt").write_bytes(content)
+    flags = ["--input", tmp_path / "text.txt", "--out_dir", tmp_path / "out"]
+    assert_one_line(run_main(STEP, *flags), tmp_path / "text.txt")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.data
+def test_real_text_is_learned(real_data, tmp_path):
+    flags = ["--device", "cpu", "--data_dir", str(real_data), "--out_dir", str(tmp_path)]
+    final = step.train(step.parse_args([*flags, "--max_iters", "150", "--eval_interval", "150"]))
+    assert 1.8 < final["val_loss"] < 2.4
