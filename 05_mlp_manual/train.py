@@ -196,7 +196,7 @@ def parse_args(argv=None):
     flag("--n_layer", type=number(int, 0), default=2, help="hidden layers")
     flag("--n_hidden", type=number(int, 1), default=128, help="units in a hidden layer")
     flag = parser.add_argument_group("optimizer").add_argument
-    flag("--learning_rate", type=number(float, 1e-9), default=0.5, help="size of a step downhill")
+    flag("--learning_rate", type=number(float, 1e-9), default=0.2, help="size of a step downhill")
     flag("--max_iters", type=number(int, 1), default=2000, help="minibatches to train on")
     flag = parser.add_argument_group("logging").add_argument
     flag("--eval_interval", type=number(int, 1), default=100, help="iterations between evaluations")

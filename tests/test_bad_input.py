@@ -69,7 +69,7 @@ def test_diverging_run_stops_and_keeps_what_it_wrote(step, standins, tmp_path):
     if step[:2] in ("01", "02", "03", "04", "05", "06"):
         flags += ["--max_iters", "200"]
     code, errors = run_main(step, *flags)
-    if code == 0:
+    if code == 0 and step > "08":
         pytest.skip("this optimizer's steps stay finite")
     assert code == 2
     assert_one_line(errors, "iteration", "learning_rate")
