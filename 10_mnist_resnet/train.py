@@ -105,7 +105,7 @@ def augment(x, shift):
 
 
 class Block(nn.Module):
-    """Residual block of two convolutions, (B, n_in, H, W) to (B, n_out, H, W)."""
+    """Residual block, (B, n_in, H, W) to (B, n_out, H, W)."""
 
     def __init__(self, n_in, n_out):
         super().__init__()
@@ -116,10 +116,11 @@ class Block(nn.Module):
         nn.init.zeros_(self.bn_2.weight)
         self.shortcut = nn.Identity()
         if n_in != n_out:
-            self.shortcut = nn.Conv2d(n_in, n_out, 1, bias=False)
+            conv = nn.Conv2d(n_in, n_out, 1, bias=False)
+            self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(n_out))
 
     def forward(self, x):
-        change = self.bn_2(self.conv_2(F.relu(self.bn_1(self.conv_1(x)))))  # (B, n_out, H, W)
+        change = self.bn_2(self.conv_2(F.relu(self.bn_1(self.conv_1(x)))))
         return F.relu(self.shortcut(x) + change)
 
 
@@ -128,20 +129,19 @@ class ResNet(nn.Module):
 
     def __init__(self, n_channel, n_layer, n_classes):
         super().__init__()
-        self.conv = nn.Conv2d(1, n_channel, 3, padding=1, bias=False)
-        self.bn = nn.BatchNorm2d(n_channel)
-        blocks, n_in = [], n_channel
-        for n_out in (n_channel, 2 * n_channel, 4 * n_channel):
-            blocks.append(nn.MaxPool2d(2))
-            for _ in range(n_layer):
-                blocks.append(Block(n_in, n_out))
-                n_in = n_out
+        n = n_channel
+        self.conv = nn.Conv2d(1, n, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(n)
+        blocks = []
+        for n_in, n_out in ((n, n), (n, 2 * n), (2 * n, 4 * n)):
+            blocks += [nn.MaxPool2d(2), Block(n_in, n_out)]
+            blocks += [Block(n_out, n_out) for _ in range(n_layer - 1)]
         self.blocks = nn.Sequential(*blocks)
-        self.out = nn.Linear(n_in, n_classes)
+        self.out = nn.Linear(4 * n, n_classes)
 
     def forward(self, x):
-        x = F.relu(self.bn(self.conv(x)))  # (B, n_channel, 28, 28)
-        x = self.blocks(x)  # (B, 4 * n_channel, 3, 3)
+        x = F.relu(self.bn(self.conv(x)))  # (B, n, 28, 28)
+        x = self.blocks(x)  # (B, 4n, 3, 3)
         return self.out(x.mean(dim=(2, 3)))  # (B, C)
 
 
