@@ -263,7 +263,7 @@ def parse_args(argv=None):
     flag("--dropout", type=number(float, 0, 0.99), default=0.3, help="share of units dropped")
     flag = parser.add_argument_group("optimizer").add_argument
     flag("--learning_rate", type=number(float, 1e-9), default=2e-3, help="Adam's, at the start")
-    flag("--max_iters", type=number(int, 1), default=7000, help="minibatches to train on")
+    flag("--max_iters", type=number(int, 1), default=5000, help="minibatches to train on")
     flag = parser.add_argument_group("logging").add_argument
     flag("--eval_interval", type=number(int, 1), default=500, help="iterations between evaluations")
     flag("--log_interval", type=number(int, 1), default=10, help="iterations between bar updates")
