@@ -1,11 +1,12 @@
 """Make stand-in data, so that every step runs offline: python tests/standins.py DIR
 
 Small generated files in the real formats and at the real places under DIR: drawn digits for MNIST,
-a synthetic play for Shakespeare, small JPEG folders for ImageNet. A file that is already there is
-never touched.
+a synthetic play for Shakespeare, small JPEG folders for ImageNet, documents for OpenWebText. A
+file that is already there is never touched.
 """
 
 import argparse
+import json
 import struct
 from pathlib import Path
 
@@ -104,6 +105,31 @@ def write_imagenet(folder, n_classes=4, n_train=16, n_val=4):
                 write(path, encode_jpeg(image, quality=90).numpy().tobytes())
 
 
+def write_openwebtext(folder, n_documents=400):
+    """Write documents of a small grammar: as text, openwebtext/documents.jsonl, and as token ids.
+
+    train.bin and val.bin are uint16 and below 50257, as GPT-2's are, but they stand for no text.
+    """
+    rng = np.random.default_rng(0)
+    words = [
+        f"{a}{b}" for a in ("ba", "ko", "mi", "tu", "re") for b in ("lan", "sor", "nik", "ved")
+    ]
+    ids = rng.choice(50256, size=len(words), replace=False)
+    texts, tokens = [], []
+    for _ in range(n_documents):
+        word, text = rng.integers(len(words)), []
+        for _ in range(rng.integers(5, 60)):  # every word has three that may follow it
+            word = (3 * word + rng.integers(3) + 1) % len(words)
+            text.append(word)
+        texts.append(json.dumps({"text": " ".join(words[word] for word in text)}))
+        tokens += [*ids[text], 50256]
+    tokens = np.array(tokens, dtype=np.uint16)
+    cut = len(tokens) - 1000
+    write(folder / "openwebtext" / "documents.jsonl", ("\n".join(texts) + "\n").encode())
+    write(folder / "openwebtext" / "train.bin", tokens[:cut].tobytes())
+    write(folder / "openwebtext" / "val.bin", tokens[cut:].tobytes())
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, metavar="DIR", help="the data folder to fill")
@@ -111,6 +137,7 @@ def main(argv=None):
     write_mnist(folder)
     write_shakespeare(folder)
     write_imagenet(folder)
+    write_openwebtext(folder)
     print(f"stand-ins are in {folder}; train on them with --data_dir {folder}")
 
 

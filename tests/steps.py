@@ -26,10 +26,13 @@ TINY = {
     "08_mnist_adam": "--max_iters 6 --eval_interval 3 --batch_size 32 --n_hidden 16",
     "09_mnist_convnet": "--max_iters 4 --eval_interval 2 --batch_size 32",
     "10_mnist_resnet": "--max_iters 4 --eval_interval 2 --batch_size 32 --n_channel 4",
+    "14_resnet_gpu": "--max_iters 4 --eval_interval 2 --batch_size 32 --n_channel 4",
     "15_imagenet": "--recipe tiny --batch_size 8 --max_iters 4 --eval_interval 2 --num_workers 0"
     " --train_size 16 --test_size 16",
     "16_nanogpt_shakespeare": "--n_layer 2 --n_head 2 --n_embd 16 --block_size 16 --batch_size 4"
     " --max_iters 6 --eval_interval 3 --max_new_tokens 10",
+    "17_gpt2_multigpu": "--n_layer 2 --n_head 2 --n_embd 16 --block_size 16 --batch_size 2"
+    " --total_batch_tokens 64 --max_iters 4 --eval_interval 2 --max_new_tokens 5",
 }
 
 

@@ -196,7 +196,7 @@ def test_batches_are_a_function_of_seed_and_iteration(step, tree, tmp_path):
     epochs = [[i for batch in batches[e * n : e * n + n] for i, _ in batch] for e in range(3)]
     assert all(len(set(epoch)) == 8 * n for epoch in epochs)  # every image once
     assert epochs[0] != epochs[1]
-    x, y = images[batches[4][0]]
+    x, _ = images[batches[4][0]]
     again, _ = images[batches[4][0]]
     assert torch.equal(x, again) and x.dtype == torch.uint8 and x.shape == (3, 16, 16)
     other, _ = images[batches[4][0][0], 1]
@@ -205,7 +205,7 @@ def test_batches_are_a_function_of_seed_and_iteration(step, tree, tmp_path):
 
 def test_every_validation_image_counts_once(step, tree, tmp_path):
     args = flags(step, tree, tmp_path, "--batch_size", "5")
-    _, images, names = step.load_data(args)
+    _, images, _ = step.load_data(args)
     seen = []
 
     class Spy(nn.Module):
@@ -213,7 +213,7 @@ def test_every_validation_image_counts_once(step, tree, tmp_path):
             seen.append(len(x))
             return torch.arange(4.0).expand(len(x), 4)
 
-    result = step.evaluate(args, Spy(), images)
+    result = step.evaluate(args, Spy(), images, step.image_stats("cpu"))
     assert sum(seen) == len(images.rows) == 16 and seen[-1] == 1
     assert result["top1"] == 0.25 and result["top5"] == 1
 
@@ -221,13 +221,14 @@ def test_every_validation_image_counts_once(step, tree, tmp_path):
 def test_mixing_keeps_the_shares(step):
     args = step.parse_args(["--recipe", "tiny", "--mixup", "0.2", "--cutmix", "1"])
     x, y = torch.randint(256, (8, 3, 16, 16), dtype=torch.uint8), torch.arange(8) % 4
-    mixed, shares = step.augment(args, x, y, 4)
+    stats = step.image_stats("cpu")
+    mixed, shares = step.augment(args, x, y, stats, 4)
     assert mixed.shape == x.shape and shares.shape == (8, 4)
     torch.testing.assert_close(shares.sum(1), torch.ones(8))
     plain = step.parse_args(["--recipe", "tiny"])
     torch.manual_seed(0)
-    kept, same = step.augment(plain, x, y, 4)
-    both = torch.stack([step.normalise(x), step.normalise(x.flip(3))])
+    kept, same = step.augment(plain, x, y, stats, 4)
+    both = torch.stack([step.normalise(x / 255, stats), step.normalise(x.flip(3) / 255, stats)])
     mirrored = (kept == both).flatten(2).all(2)
     assert mirrored.any(0).all() and mirrored[0].any() and mirrored[1].any() and same is y
 
@@ -264,12 +265,12 @@ def run(argv, function="", count=0):
     return process.exitcode
 
 
-DEATHS = [
-    ("schedule", 4),
+DEATHS = [  # the call at which it dies: in an update, an evaluation, a rename, between the files
+    ("update_ema", 4),
     ("evaluate", 2),
-    ("os.replace", 3),
-    ("save_checkpoint", 6),
-    ("schedule", 3),
+    ("os.replace", 2),
+    ("save_checkpoint", 2),
+    ("load_batches", 2),
 ]
 
 
@@ -306,33 +307,27 @@ def metrics(out_dir):
 def test_signal_saves_and_leaves(step, tree, tmp_path, number, monkeypatch):
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     small_net(step, monkeypatch)
-    ends = {}
-    for name, at in (
-        ("whole", 0),
-        ("stopped", 4),
-    ):  # the 4th update is in the middle of an interval
-        args = flags(step, tree, tmp_path / name)
-        updates = []
+    update_ema, updates = step.update_ema, []
 
-        def schedule(args, iter_num, at=at, updates=updates):
-            updates.append(iter_num)
-            if len(updates) == at:
-                os.kill(os.getpid(), number)
-            return 0.1
+    def signal_at_the_third(*args):
+        update_ema(*args)
+        updates.append(1)
+        if len(updates) == 3:  # in the middle of an interval
+            os.kill(os.getpid(), number)
 
-        monkeypatch.setattr(step, "schedule", schedule)
-        try:
-            step.train(args, step.catch_signals())
-            if at:
-                assert updates == [0, 1, 2, 3]
-                step.train(flags(step, tree, tmp_path / name, "--init_from", "resume"))
-        finally:
-            for n, handler in before.items():
-                signal.signal(n, handler)
-        ends[name] = torch.load(tmp_path / name / "out" / "last.pt")["model"]
-        ends[name + " metrics"] = metrics(tmp_path / name / "out")
-    assert all(torch.equal(ends["whole"][k], ends["stopped"][k]) for k in ends["whole"])
-    assert ends["whole metrics"] == ends["stopped metrics"]
+    step.train(flags(step, tree, tmp_path / "whole"))
+    monkeypatch.setattr(step, "update_ema", signal_at_the_third)
+    try:
+        step.train(flags(step, tree, tmp_path / "stopped"), step.catch_signals())
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+    assert len(updates) == 3
+    step.train(flags(step, tree, tmp_path / "stopped", "--init_from", "resume"))
+    whole, stopped = (tmp_path / name / "out" for name in ("whole", "stopped"))
+    a, b = (torch.load(out_dir / "last.pt")["model"] for out_dir in (whole, stopped))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert metrics(whole) == metrics(stopped)
 
 
 def test_what_is_loaded_makes_the_same_batches_in_processes(step, tree, tmp_path):
@@ -363,7 +358,7 @@ def test_predict_names_five_classes(step, tree, tmp_path, capsys):
 
 
 def error_of(*argv):
-    code, errors = run_main("15", *TINY, *argv)
+    code, errors = run_main("15_imagenet", *TINY, *argv)
     assert code == 2
     assert len(errors.strip().splitlines()) == 1 and "Traceback" not in errors, errors
     return errors
