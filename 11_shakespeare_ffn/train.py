@@ -304,7 +304,7 @@ def parse_args(argv=None):
     flag("--learning_rate", type=number(float, 1e-9), default=2e-3, help="Adam's, at its highest")
     flag("--warmup_iters", type=number(int, 0), default=300, help="iterations of rising rate")
     flag("--weight_decay", type=number(float, 0), default=0.5, help="pull of matrices to 0")
-    flag("--max_iters", type=number(int, 1), default=5000, help="minibatches to train on")
+    flag("--max_iters", type=number(int, 1), default=3500, help="minibatches to train on")
     flag = parser.add_argument_group("logging").add_argument
     flag("--eval_interval", type=number(int, 1), default=500, help="iterations between evaluations")
     flag("--log_interval", type=number(int, 1), default=10, help="iterations between bar updates")

@@ -350,7 +350,7 @@ def parse_args(argv=None):
     flag("--learning_rate", type=number(float, 1e-9), default=2e-3, help="Adam's, at its highest")
     flag("--warmup_iters", type=number(int, 0), default=300, help="iterations of rising rate")
     flag("--weight_decay", type=number(float, 0), default=0.5, help="pull of matrices to 0")
-    flag("--max_iters", type=number(int, 1), default=5000, help="minibatches to train on")
+    flag("--max_iters", type=number(int, 1), default=3500, help="minibatches to train on")
     flag = parser.add_argument_group("sampling").add_argument
     flag("--prompt", default="\n", help="the samples' beginning; unknown words become <unk>")
     flag("--max_new_tokens", type=number(int, 0), default=100, help="words in a sample")
