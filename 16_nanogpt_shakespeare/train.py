@@ -1,13 +1,14 @@
 """Step 16: nanoGPT's character model of Shakespeare, in less time.
 
 Parent:  13_transformer + 15_imagenet
-New:     MLP, GPT, capture, check_finite
-Changed: load_data
-Gone:    none
+New:     make_optimizers, write_samples
+Changed: encode, load_data, minibatches, CausalSelfAttention, MLP, Block, GPT, schedule,
+         evaluate, generate, sample, log_sample, train, parse_args
+Gone:    split_words, join_words, windows, scored_windows, OptaxAdam
 
-GPT-2's blocks on characters. The default recipe orthogonalises the updates of the hidden matrices
-(Muon), which needs far fewer iterations than AdamW; --optimizer adamw is nanoGPT's recipe. Compare
-val_loss, which counts the whole validation text, with nanoGPT's, the dashed line.
+GPT-2's blocks on characters. The default recipe makes all singular values of a hidden matrix's
+update equal (Muon) and needs far fewer iterations than AdamW; --optimizer adamw is nanoGPT's
+recipe. Compare val_loss, over the whole validation text, with nanoGPT's, the dashed line.
 
 Try:     --optimizer adamw (how many more iterations does it need?)
          --sample_only --prompt "ROMEO:" --num_samples 3 --temperature 0.5
@@ -68,7 +69,7 @@ def download(url, sha256, path, data_dir):
 
 
 def encode(text, vocab, flag):
-    """Return the ids (N,) of the characters of a text that a flag gave."""
+    """Return the ids (N,) of the characters of a text, which a flag gave."""
     ids = {character: i for i, character in enumerate(vocab)}
     unknown = sorted(set(text) - ids.keys())
     if unknown:
@@ -96,105 +97,113 @@ def load_data(args):
     return ids[:cut], ids[cut:], vocab
 
 
-def draw_batch(ids, args):
-    """Return a batch x, y (B, T) from random places, without leaving the device."""
-    first = torch.randint(len(ids) - args.block_size, (args.batch_size, 1), device=ids.device)
-    window = ids[first + torch.arange(args.block_size + 1, device=ids.device)]  # (B, T + 1)
-    return window[:, :-1], window[:, 1:]
+def minibatches(ids, args):
+    """Yield batches x, y (B, T) from random places, without end and without leaving the device."""
+    steps = torch.arange(args.block_size + 1, device=ids.device)
+    while True:
+        first = torch.randint(len(ids) - args.block_size, (args.batch_size, 1), device=ids.device)
+        parts = ids[first + steps]  # (B, T + 1)
+        yield parts[:, :-1], parts[:, 1:]
 
 
 # ---------- model ----------
-# B sequences, T characters, C = n_embd, H heads of D = C / H, V characters in the vocabulary
+
+
+# B batch, T characters, C n_embd, H n_head, D = C / H, V vocab_size
 
 
 class CausalSelfAttention(nn.Module):
+    """Every position gathers from itself and the positions before it, (B, T, C) to (B, T, C)."""
+
     def __init__(self, args):
         super().__init__()
         self.n_head = args.n_head
+        self.sdpa = args.sdpa
         self.dropout = args.dropout
         self.c_attn = nn.Linear(args.n_embd, 3 * args.n_embd, bias=args.bias)
         self.c_proj = nn.Linear(args.n_embd, args.n_embd, bias=args.bias)
-        future = torch.ones(args.block_size, args.block_size, dtype=torch.bool).triu(1)
-        self.register_buffer("mask", torch.zeros(1).masked_fill(future, -math.inf), False)
 
     def forward(self, x, cache=None):
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
         if cache is not None:
             cache[:] = [torch.cat(pair, dim=2) for pair in zip(cache, (k, v))] if cache else [k, v]
-            k, v = cache  # (B, H, T so far, D)
-        dropout = self.dropout if self.training else 0.0
-        if x.is_cuda:
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
-        else:  # twice as fast here as the fused kernel, as long as the context is short
-            scores = q * q.shape[-1] ** -0.5 @ k.mT  # (B, H, T, T)
-            scores = scores + self.mask[:T, :T].to(scores.dtype) if T > 1 else scores
-            y = F.dropout(scores.softmax(-1), dropout) @ v
-        y = y.transpose(1, 2).reshape(B, T, C)  # (B, H, T, D) -> (B, T, C)
-        return F.dropout(self.c_proj(y), dropout)
+            k, v = cache  # (B, H, S, D), S positions so far
+        p = self.dropout if self.training else 0.0
+        if self.sdpa:
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=T > 1)
+        else:
+            scores = q @ k.mT / math.sqrt(C // self.n_head)  # (B, H, T, S)
+            hidden = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device)
+            hidden = hidden.triu(1 + k.shape[2] - T)  # what comes after the position
+            y = F.dropout(scores.masked_fill(hidden, -math.inf).softmax(dim=3), p) @ v
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
 
 
 class MLP(nn.Module):
+    """Every position works on what it gathered, (B, T, C) to (B, T, C)."""
+
     def __init__(self, args):
         super().__init__()
-        self.dropout = args.dropout
         self.c_fc = nn.Linear(args.n_embd, 4 * args.n_embd, bias=args.bias)
         self.c_proj = nn.Linear(4 * args.n_embd, args.n_embd, bias=args.bias)
 
     def forward(self, x):
-        x = F.gelu(self.c_fc(x))  # (B, T, 4C)
-        return F.dropout(self.c_proj(x), self.dropout, self.training)  # (B, T, C)
+        return self.c_proj(F.gelu(self.c_fc(x)))  # (B, T, 4C) inside
 
 
 class Block(nn.Module):
+    """Two residual steps, each on normalised input: attention, then the MLP."""
+
     def __init__(self, args):
         super().__init__()
         self.ln_1 = nn.LayerNorm(args.n_embd, bias=args.bias)
         self.attn = CausalSelfAttention(args)
         self.ln_2 = nn.LayerNorm(args.n_embd, bias=args.bias)
         self.mlp = MLP(args)
+        self.dropout = nn.Dropout(args.dropout)
 
     def forward(self, x, cache=None):
-        x = x + self.attn(self.ln_1(x), cache)
-        return x + self.mlp(self.ln_2(x))
+        x = x + self.dropout(self.attn(self.ln_1(x), cache))
+        return x + self.dropout(self.mlp(self.ln_2(x)))
 
 
 class GPT(nn.Module):
-    """GPT-2 (Radford et al. 2019) with nanoGPT's initialisation; the head is the embedding."""
+    """Maps x (B, T) to the logits (B, T, V) of the character after each.
+
+    With a cache, a list for every block, x goes on from the characters before, S + T up to
+    block_size in all.
+    """
 
     def __init__(self, args, vocab_size):
         super().__init__()
-        self.dropout = args.dropout
         self.wte = nn.Embedding(vocab_size, args.n_embd)
         self.wpe = nn.Embedding(args.block_size, args.n_embd)
         self.h = nn.ModuleList(Block(args) for _ in range(args.n_layer))
         self.ln_f = nn.LayerNorm(args.n_embd, bias=args.bias)
+        self.lm_head = nn.Linear(args.n_embd, vocab_size, bias=False)
+        self.dropout = nn.Dropout(args.dropout)
+        self.lm_head.weight = self.wte.weight  # tied: one vector a character, to read and write it
         for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):  # the residual stream adds up 2 * n_layer of these
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * args.n_layer))
-            elif p.dim() == 2:
+            if p.ndim == 2:
                 nn.init.normal_(p, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
+            if name.endswith("c_proj.weight"):  # small: every block begins near the identity
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * args.n_layer))
 
     def forward(self, x, cache=None):
-        """Return the logits (B, T, V) of the characters after x (B, T); cache: one list a block."""
-        start = cache[0][0].shape[2] if cache and cache[0] else 0
-        x = self.wte(x) + self.wpe.weight[start : start + x.shape[1]]  # (B, T) -> (B, T, C)
-        x = F.dropout(x, self.dropout, self.training)
+        first = cache[0][0].shape[2] if cache and cache[0] else 0
+        x = self.dropout(self.wte(x) + self.wpe.weight[first : first + x.shape[1]])  # (B, T, C)
         for i, block in enumerate(self.h):
             x = block(x, cache[i] if cache else None)
-        return F.linear(self.ln_f(x), self.wte.weight)  # (B, T, C) -> (B, T, V)
+        return self.lm_head(self.ln_f(x))  # (B, T, V)
 
     def load_state_dict(self, weights):
-        """Take weights, also those of a longer context: its last positions are cropped."""
+        """Take weights, also a longer context's: its last positions are cropped."""
         positions = weights["wpe.weight"][: self.wpe.num_embeddings]
         return super().load_state_dict(weights | {"wpe.weight": positions})
-
-
-def loss_fn(logits, y, reduction="mean"):
-    """Return the cross-entropy in nats of logits (B, T, V) against y (B, T)."""
-    return F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction=reduction)
 
 
 # ---------- optimizer ----------
@@ -222,7 +231,8 @@ def schedule(args, iter_num):
     """Return the learning rate of an iteration: a linear warm-up, then half a cosine to min_lr."""
     if iter_num < args.warmup_iters:
         return args.learning_rate * (iter_num + 1) / (args.warmup_iters + 1)
-    done = (iter_num - args.warmup_iters) / max(1, args.lr_decay_iters - args.warmup_iters)
+    decay_iters = args.lr_decay_iters or args.max_iters
+    done = (iter_num - args.warmup_iters) / max(1, decay_iters - args.warmup_iters)
     wave = (1 + math.cos(math.pi * min(done, 1))) / 2
     return args.min_lr + (args.learning_rate - args.min_lr) * wave
 
@@ -232,67 +242,69 @@ def schedule(args, iter_num):
 
 @torch.no_grad()
 def evaluate(args, model, ids):
-    """Return the mean loss over the whole text ids (N,), each character once.
+    """Return the mean loss (nats) over the whole text ids (N,), each character once.
 
-    Windows of block_size lie side by side, the last one is shorter. The first character has
-    nothing before it and is not counted.
+    Windows of block_size lie side by side, the last one is shorter. The first character, with
+    nothing before it, is not counted.
     """
     model.eval()
     whole = (len(ids) - 1) // args.block_size * args.block_size
     x = [*ids[:whole].view(-1, args.block_size).split(64), ids[None, whole:-1]]
     y = [*ids[1 : whole + 1].view(-1, args.block_size).split(64), ids[None, whole + 1 :]]
-    total = torch.zeros((), dtype=torch.float64, device=ids.device)
-    for x_batch, y_batch in zip(x, y):
+    loss = torch.zeros((), dtype=torch.float64, device=ids.device)
+    for x_part, y_part in zip(x, y):
         with autocast(args):
-            total += loss_fn(model(x_batch), y_batch, reduction="sum")
+            logits = model(x_part)
+        loss += F.cross_entropy(logits.float().flatten(0, 1), y_part.flatten(), reduction="sum")
     model.train()
-    return total.item() / (len(ids) - 1)
+    return loss.item() / (len(ids) - 1)
 
 
 @torch.no_grad()
 def generate(args, model, ids, stop=(), use_cache=True):
-    """Return ids (B, T) and up to max_new_tokens more; it ends when every row has had stop.
+    """Return ids (B, N) and max_new_tokens more; fewer, once every row has had stop.
 
     Keys and values of earlier characters are cached. Positions are absolute, so a full block
     cannot slide: it starts anew from its last half, once in block_size / 2 characters.
     """
     model.eval()
-    generator = torch.Generator(ids.device).manual_seed(args.seed)
+    generator = torch.Generator(ids.device).manual_seed(args.seed)  # training has another one
     start, end, cache = max(0, ids.shape[1] - args.block_size), ids.shape[1], None
     for _ in range(args.max_new_tokens):
         if ids.shape[1] - start > args.block_size:
             start, cache = ids.shape[1] - (args.block_size + 1) // 2, None
-        fresh = ids[:, start:] if cache is None else ids[:, -1:]
+        new = ids[:, start:] if cache is None else ids[:, -1:]
         cache = cache or [[] for _ in model.h]
         with autocast(args):
-            logits = model(fresh, cache)[:, -1].float()  # (B, V)
+            logits = model(new, cache)[:, -1].float()  # (B, V)
         cache = cache if use_cache else None
         if args.top_k:
-            kth = logits.topk(min(args.top_k, logits.shape[1])).values[:, -1:]
+            kth = logits.topk(min(args.top_k, logits.shape[1])).values[:, -1:]  # (B, 1)
             logits[logits < kth] = -math.inf
         if args.temperature == 0:
-            new = logits.argmax(1, keepdim=True)  # (B, 1)
+            new = logits.argmax(dim=1, keepdim=True)  # (B, 1)
         else:
-            p = (logits / args.temperature).softmax(1)
-            new = torch.multinomial(p, 1, generator=generator)  # (B, 1)
-        ids = torch.cat((ids, new), dim=1)
+            p = (logits / args.temperature).softmax(dim=1)
+            new = torch.multinomial(p, 1, generator=generator)
+        ids = torch.cat([ids, new], dim=1)
         if len(stop) and ids.shape[1] >= end + len(stop):
-            windows = ids[:, end:].unfold(1, len(stop), 1)  # (B, ..., len(stop))
-            if (windows == stop.to(ids.device)).all(2).any(1).all():
+            parts = ids[:, end:].unfold(1, len(stop), 1)  # (B, places, len(stop))
+            if (parts == stop).all(dim=2).any(dim=1).all():
                 break
     model.train()
     return ids
 
 
 def sample(args, model, vocab):
-    """Return --num_samples texts that go on from --prompt, each up to --stop."""
+    """Return num_samples texts that begin with --prompt and that end with --stop, if it comes."""
     prompt = encode(args.prompt, vocab, "--prompt").to(args.device)
-    ids = generate(
-        args, model, prompt.repeat(args.num_samples, 1), encode(args.stop, vocab, "--stop")
-    )
-    texts = ["".join(vocab[i] for i in row) for row in ids.tolist()]
-    ends = [text.find(args.stop, len(prompt)) if args.stop else -1 for text in texts]
-    texts = [text[: end + len(args.stop)] if end >= 0 else text for text, end in zip(texts, ends)]
+    stop = encode(args.stop, vocab, "--stop").to(args.device)
+    rows = generate(args, model, prompt.repeat(args.num_samples, 1), stop).tolist()
+    texts = ["".join(vocab[i] for i in row) for row in rows]
+    if args.stop:
+        for i, text in enumerate(texts):
+            written, found, _ = text[len(prompt) :].partition(args.stop)
+            texts[i] = args.prompt + written + found
     return "\n---------------\n".join(texts)
 
 
@@ -377,11 +389,11 @@ def autocast(args):
 
 
 def start_run(args, device, iter_num):
-    """Make out_dir and args.json; keep of metrics.jsonl what lies before iter_num."""
+    """Make out_dir and args.json; keep of metrics.jsonl what was so at iter_num."""
     args.out_dir.mkdir(parents=True, exist_ok=True)
     metrics = args.out_dir / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True) if iter_num and metrics.is_file() else []
-    metrics.write_text("".join(line for line in lines if json.loads(line)["iter"] < iter_num))
+    metrics.write_text("".join(line for line in lines if json.loads(line)["iter"] <= iter_num))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     made_by = {"python": platform.python_version(), "torch": torch.__version__, "made_on": name}
     (args.out_dir / "args.json").write_text(json.dumps(vars(args) | made_by, default=str))
@@ -394,119 +406,105 @@ def log_metrics(args, record):
     tqdm.write("  ".join(f"{key} {value:.5g}" for key, value in record.items()))
 
 
-def check_finite(loss, iter_num, args):
-    """Stop the run where the loss is no number any more; the last checkpoint stays."""
-    if not math.isfinite(loss):
-        fail(f"loss {loss} at iteration {iter_num}, --learning_rate {args.learning_rate}")
-
-
-def capture(step):
-    """Return a function that repeats the GPU work of step() at the cost of one launch.
-
-    Without this CUDA graph the CPU would need longer to launch the hundreds of small kernels than
-    the GPU to run them.
-    """
-    torch.cuda.synchronize()
-    with torch.cuda.stream(torch.cuda.Stream()):
-        for _ in range(3):  # the libraries allocate what they need
-            step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = step()
-
-    def replay():
-        graph.replay()
-        return result
-
-    return replay
+def log_sample(args, record, text):
+    """Append a sample to samples.txt, under its iteration and loss, and print it."""
+    with open(
+        args.out_dir / "samples.txt", "a" if record["iter"] else "w", encoding="utf-8"
+    ) as file:
+        file.write(f"=== iter {record['iter']}, val_loss {record['val_loss']:.4f}\n{text}\n\n")
+    tqdm.write(f"{text}\n")
 
 
 def train(args, stop=None):
     """Run the whole step, until the event stop is set; return the last record of metrics.jsonl."""
-    start = time.perf_counter()
     device = setup_device(args)
+    start = time.perf_counter()
     train_ids, val_ids, vocab = load_data(args)
-    train_ids, val_ids = train_ids.to(device), val_ids.to(device)
+    for flag in ("prompt", "stop"):
+        encode(getattr(args, flag), vocab, f"--{flag}")
+    batches = minibatches(train_ids.to(device), args)
+    val_ids = val_ids.to(device)
     torch.manual_seed(args.seed)
     model = GPT(args, len(vocab)).to(device)
     optimizers = make_optimizers(args, model)
     parts = {"model": model, **optimizers}
     last, best = args.out_dir / "last.pt", args.out_dir / "best.pt"
-    state = {"iter_num": 0, "val_loss": math.inf, "seconds": 0.0, "vocab": vocab}
+    state = {"iter_num": 0, "seconds": 0.0, "loss_sum": 0.0, "val_loss": math.inf, "record": {}}
+    state["vocab"] = vocab
 
-    def backward():
-        """Put the gradients of a new batch's loss into the parameters; return the loss."""
-        for p in model.parameters():
-            p.grad = None
-        x, y = draw_batch(train_ids, args)
-        with autocast(args):
-            loss = loss_fn(model(x), y)
-        loss.backward()
-        return loss.detach()
-
-    if device.type == "cuda":
-        backward = capture(backward)
-    torch.manual_seed(args.seed)
+    forward = torch.compile(model) if args.compile else model
     if args.init_from == "resume":
         state = load_checkpoint(last, parts)
         if state["vocab"] != vocab:
-            fail(f"{last} was trained on a text of other characters than this one")
-        for p, averages in optimizers["adamw"].state.items():  # AdamW's, too, are cropped
+            fail(f"{last}: trained on a text of other characters")
+        for p, averages in optimizers["adamw"].state.items():  # are cropped as the weights were
             averages |= {k: v[: len(p)] for k, v in averages.items() if v.ndim}
+    first, record = state["iter_num"], state["record"]
     start -= state["seconds"]
-    start_run(args, device, state["iter_num"])
+    start_run(args, device, first)
     n_params = sum(p.numel() for p in model.parameters()) - model.wpe.weight.numel()
     print(f"{n_params:,} parameters without positions, {args.device}, {args.dtype}")
-    since, since_iter, loss = time.perf_counter(), state["iter_num"], None
+    loss_sum = torch.tensor(state["loss_sum"], device=device)
+    since, since_iter = time.perf_counter(), first
 
-    bar = tqdm(initial=state["iter_num"], total=args.max_iters, disable=None)
-    for iter_num in range(state["iter_num"], args.max_iters + 1):
+    iters = range(first, args.max_iters + 1)
+    for iter_num in (bar := tqdm(iters, total=iters.stop, initial=first, disable=None)):
         stopping = stop is not None and stop.is_set()
         done = iter_num == args.max_iters or args.eval_only
+        evaluating = iter_num % args.eval_interval == 0 or done
+        if stopping or evaluating:
+            state |= {"iter_num": iter_num, "loss_sum": loss_sum.item()}  # waits for the device
+            state["seconds"] = time.perf_counter() - start
+            if not math.isfinite(state["loss_sum"]):
+                fail(f"loss not finite by iteration {iter_num}, {args.learning_rate=}")
         if stopping:
-            state |= {"iter_num": iter_num, "seconds": time.perf_counter() - start}
             save_checkpoint(last, parts, state)
             print(f"stopped at iteration {iter_num}: --init_from resume goes on from there")
-            return {"iter": iter_num}
-        if iter_num % args.eval_interval == 0 or done:
+            break
+        if evaluating and (iter_num != record.get("iter") or args.eval_only):
+            passed = time.perf_counter() - since
             record = {"iter": iter_num, "seconds": 0.0, "learning_rate": schedule(args, iter_num)}
-            if loss is not None:
-                record["train_loss"] = loss.item()  # of one batch; waits for the device
-                n_tokens = (iter_num - since_iter) * args.batch_size * args.block_size
-                record["tokens_per_second"] = n_tokens / (time.perf_counter() - since)
+            if iter_num > since_iter:
+                record["train_loss"] = state["loss_sum"] / ((iter_num - 1) % args.eval_interval + 1)
+                tokens = (iter_num - since_iter) * args.batch_size * args.block_size
+                record["tokens_per_second"] = tokens / passed
             record["val_loss"] = evaluate(args, model, val_ids)
             record["seconds"] = time.perf_counter() - start
-            check_finite(record["val_loss"], iter_num, args)
             log_metrics(args, record)
-            text = sample(args, model, vocab)
-            tqdm.write(text)
-            with open(args.out_dir / "samples.txt", "a", encoding="utf-8") as file:
-                file.write(f"=== iteration {iter_num}\n{text}\n")
-            state |= {"iter_num": iter_num, "seconds": time.perf_counter() - start}
-            if record["val_loss"] < state["val_loss"] and not args.eval_only:
-                state["val_loss"] = record["val_loss"]
+            log_sample(args, record, sample(args, model, vocab))
+            better = record["val_loss"] < state["val_loss"]
+            state |= {"record": record, "loss_sum": 0.0}
+            state["val_loss"] = min(record["val_loss"], state["val_loss"])
+            if better and not args.eval_only:
                 save_checkpoint(best, parts, state)
             if not args.eval_only:
                 save_checkpoint(last, parts, state)
-            if done:
-                break
+            loss_sum.zero_()
             since, since_iter = time.perf_counter(), iter_num
+        if done:
+            break
 
-        for optimizer in optimizers.values():
-            for group in optimizer.param_groups:
-                group["lr"] = schedule(args, iter_num)
-        loss = backward()
+        x, y = next(batches)
+        with autocast(args):
+            logits = forward(x)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), y.flatten())
+        if iter_num % args.log_interval == 0:
+            if not math.isfinite(loss.item()):
+                fail(f"loss {loss} at iteration {iter_num}, --learning_rate {args.learning_rate}")
+            bar.set_postfix(loss=f"{loss:.4f}")
+        learning_rate = schedule(args, iter_num)
+        loss.backward()
         if args.grad_clip:
             nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
         for optimizer in optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
             optimizer.step()
-        if iter_num % args.log_interval == 0:
-            check_finite(loss.item(), iter_num, args)
-            bar.set_postfix(loss=f"{loss:.4f}")
-        bar.update()
+            optimizer.zero_grad()
+        loss_sum += loss.detach()
 
-    print(f"val_loss {record['val_loss']:.4f} after {record['seconds']:.0f} s")
+    if record:
+        print(f"val_loss {record['val_loss']:.4f} after {record['seconds']:.0f} s")
     print(f"picture: {plot_run(args.out_dir)}")
     return record
 
@@ -514,10 +512,11 @@ def train(args, stop=None):
 def write_samples(args):
     """Print samples of the model in out_dir/best.pt."""
     device = setup_device(args)
-    vocab = read_checkpoint(args.out_dir / "best.pt")["state"]["vocab"]
-    model = GPT(args, len(vocab))
-    load_checkpoint(args.out_dir / "best.pt", {"model": model})
-    print(sample(args, model.to(device), vocab))
+    path = args.out_dir / "best.pt"
+    vocab = load_checkpoint(path, {})["vocab"]
+    model = GPT(args, len(vocab)).to(device)
+    load_checkpoint(path, {"model": model})
+    print(sample(args, model, vocab))
 
 
 # ---------- command line ----------
@@ -542,14 +541,23 @@ def number(kind, low, high=1e9):
     return convert
 
 
-# Defaults that depend on --device and --optimizer: sizes, recipe.
-SIZES = {"cpu": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "dropout": 0.0}}
-SIZES["cuda"] = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "dropout": 0.2}
-RECIPES = {
-    "adamw": {"learning_rate": 1e-3, "min_lr": 1e-4, "warmup_iters": 100, "weight_decay": 0.1}
-    | {"beta2": 0.99, "grad_clip": 1.0, "cpu": (12, 2000), "cuda": (64, 5000)},
-    "muon": {"learning_rate": 1.5e-2, "min_lr": 0.0, "warmup_iters": 20, "weight_decay": 0.05}
-    | {"beta2": 0.95, "grad_clip": 0.0, "cpu": (32, 1100), "cuda": (64, 2000)},
+# The defaults: first by the device, then by the optimizer, then by both.
+DEFAULTS = {
+    "cpu": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "dropout": 0.0}
+    | {
+        "compile": False,
+        "sdpa": False,
+    },  # for so short a context the written out attention is twice as fast
+    "cuda": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "dropout": 0.2}
+    | {"compile": True, "sdpa": True},
+    "adamw": {"learning_rate": 1e-3, "min_lr": 1e-4, "warmup_iters": 100, "beta2": 0.99}
+    | {"weight_decay": 0.1, "grad_clip": 1.0},
+    "muon": {"learning_rate": 0.015, "min_lr": 0.0, "warmup_iters": 20, "beta2": 0.95}
+    | {"weight_decay": 0.05, "grad_clip": 0.0},
+    ("cpu", "adamw"): {"batch_size": 12, "max_iters": 2000},
+    ("cpu", "muon"): {"batch_size": 32, "max_iters": 1100},
+    ("cuda", "adamw"): {"batch_size": 64, "max_iters": 5000},
+    ("cuda", "muon"): {"batch_size": 64, "max_iters": 2000, "learning_rate": 0.005},
 }
 
 
@@ -567,58 +575,63 @@ def parse_args(argv=None):
     flag("--input", type=Path, help="train on this UTF-8 text instead")
     flag("--batch_size", type=number(int, 1), help="windows in a minibatch")
     flag = parser.add_argument_group("model").add_argument
-    flag("--init_from", default="scratch", choices=("scratch", "resume"), help="resume: last.pt")
+    flag("--init_from", choices=("scratch", "resume"), default="scratch", help="out_dir/last.pt")
+    flag("--block_size", type=number(int, 1), help="characters that the model sees")
     flag("--n_layer", type=number(int, 1), help="blocks")
     flag("--n_head", type=number(int, 1), help="heads; divides n_embd")
-    flag("--n_embd", type=number(int, 1), help="width")
-    flag("--block_size", type=number(int, 2), help="characters of context")
-    flag("--bias", action=argparse.BooleanOptionalAction, default=False, help="as in GPT-2")
-    flag("--dropout", type=number(float, 0, 0.99), help="more where a long run overfits")
+    flag("--n_embd", type=number(int, 1), help="length of a character's vector")
+    flag("--dropout", type=number(float, 0, 0.99), help="share of units dropped")
+    switch = argparse.BooleanOptionalAction
+    flag("--bias", action=switch, default=False, help="in linear layers and norms, as in GPT-2")
+    flag("--sdpa", action=switch, help="torch's attention, not the one written out")
     flag = parser.add_argument_group("optimizer").add_argument
     flag("--optimizer", choices=("muon", "adamw"), default="muon", help="adamw: nanoGPT's recipe")
-    flag("--learning_rate", type=number(float, 1e-9), help="the highest")
-    flag("--min_lr", type=number(float, 0), help="the last")
-    flag("--warmup_iters", type=number(int, 0), help="iterations of linear warm-up")
-    flag("--lr_decay_iters", type=number(int, 1), help="end of the cosine (default: max_iters)")
-    flag("--max_iters", type=number(int, 0), help="updates")
-    flag("--weight_decay", type=number(float, 0), help="of matrices and embeddings")
-    flag("--beta1", type=number(float, 0, 1), default=0.9, help="AdamW's")
-    flag("--beta2", type=number(float, 0, 1), help="AdamW's")
-    flag("--grad_clip", type=number(float, 0), help="largest gradient norm; 0: none")
+    flag("--learning_rate", type=number(float, 1e-9), help="at its highest")
+    flag("--min_lr", type=number(float, 0), help="at the end")
+    flag("--warmup_iters", type=number(int, 0), help="iterations of rising rate")
+    flag(
+        "--lr_decay_iters", type=number(int, 0), default=0, help="when min_lr comes; 0: at the end"
+    )
+    flag("--max_iters", type=number(int, 1), help="minibatches to train on")
+    flag("--weight_decay", type=number(float, 0), help="pull of matrices to 0")
+    flag("--beta1", type=number(float, 0, 1), default=0.9, help="AdamW's memory of gradients")
+    flag("--beta2", type=number(float, 0, 1), help="AdamW's memory of squared gradients")
+    flag("--grad_clip", type=number(float, 0), help="longest gradient; 0: any")
+    flag = parser.add_argument_group("sampling").add_argument
+    flag("--prompt", default="\n", help="the samples' beginning, or FILE:name of a file with it")
+    flag("--stop", default="", help="the samples' end")
+    flag("--num_samples", type=number(int, 1), default=1, help="samples, written side by side")
+    flag("--max_new_tokens", type=number(int, 0), default=200, help="characters in a sample")
+    flag("--temperature", type=number(float, 0), default=0.8, help="1: as guessed; 0: likeliest")
+    flag("--top_k", type=number(int, 0), default=40, help="of the k likeliest only; 0: of all")
+    flag("--sample_only", action="store_true", help="write samples of out_dir/best.pt and leave")
     flag = parser.add_argument_group("logging").add_argument
+    flag("--eval_only", action="store_true", help="evaluate, sample and leave")
     flag("--eval_interval", type=number(int, 1), default=250, help="iterations between evaluations")
     flag("--log_interval", type=number(int, 1), default=50, help="iterations between bar updates")
-    flag("--eval_only", action="store_true", help="evaluate, sample and leave")
-    flag("--sample_only", action="store_true", help="sample from best.pt and leave")
-    flag("--prompt", default="\n", help="the samples' beginning; FILE:name reads it from a file")
-    flag("--max_new_tokens", type=number(int, 0), default=300, help="characters in a sample")
-    flag("--num_samples", type=number(int, 1), default=1, help="samples, written at once")
-    flag("--temperature", type=number(float, 0), default=0.8, help="0: always the likeliest")
-    flag("--top_k", type=number(int, 0), default=200, help="of the k likeliest only; 0: of all")
-    flag("--stop", default="", help="text that ends a sample")
     flag("--out_dir", type=Path, default=here / "out", help="everything the run writes")
     flag = parser.add_argument_group("system").add_argument
-    flag("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: GPU if any")
-    flag("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: fastest")
     flag("--seed", type=number(int, 0), default=1337, help="same seed, same run")
-    args, _ = parser.parse_known_args(argv)
-    device = {"auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(args.device, args.device)
-    recipe = dict(RECIPES[args.optimizer])
-    recipe["batch_size"], recipe["max_iters"] = recipe[device]
-    defaults = SIZES[device] | recipe
+    flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: GPU if any")
+    flag("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: fastest")
+    flag("--compile", action=switch, help="takes a while, then runs faster on a GPU")
+    args = parser.parse_known_args(argv)[0]
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    for key in (args.device, args.optimizer, (args.device, args.optimizer)):
+        parser.set_defaults(**DEFAULTS[key])
     made = args.out_dir / "args.json"
     if (args.sample_only or args.init_from == "resume") and made.is_file():
-        shape = ("n_layer", "n_head", "n_embd", "block_size", "bias")  # the checkpoint's, then
-        defaults |= {k: v for k, v in json.loads(made.read_text()).items() if k in shape}
-    parser.set_defaults(**{k: v for k, v in defaults.items() if k in vars(args)})
-    args = parser.parse_args(argv)
-    args.device = device
-    args.lr_decay_iters = args.lr_decay_iters or max(1, args.max_iters)
+        sizes = ("block_size", "n_layer", "n_head", "n_embd", "bias")  # the checkpoint's
+        parser.set_defaults(**{k: v for k, v in json.loads(made.read_text()).items() if k in sizes})
+    args = argparse.Namespace(**vars(parser.parse_args(argv)) | {"device": args.device})
     if args.prompt.startswith("FILE:"):
         try:
             args.prompt = Path(args.prompt[5:]).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             parser.error(f"--prompt {args.prompt}: {error}")
+    if not args.prompt:
+        parser.error("--prompt is empty: the model goes on from at least one character")
     if args.n_embd % args.n_head:
         parser.error(f"--n_embd {args.n_embd} is not divisible by --n_head {args.n_head}")
     return args

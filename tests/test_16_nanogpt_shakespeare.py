@@ -46,7 +46,7 @@ def test_first_loss_is_that_of_a_guess():
     model = step.GPT(gpu_sizes(), 65).eval()
     ids = torch.randint(65, (4, 65))
     with torch.no_grad():
-        loss = step.loss_fn(model(ids[:, :-1]), ids[:, 1:]).item()
+        loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).item()
     assert loss == pytest.approx(math.log(65), rel=0.03)
 
 
@@ -77,13 +77,14 @@ def test_later_characters_never_change_earlier_logits():
     assert (a[:, 9:] - b[:, 9:]).abs().amax(2).min() > 1e-3
 
 
-def test_attention_on_the_cpu_equals_torchs():
-    _, model = small()
-    attention, x = model.h[0].attn.eval(), torch.randn(2, 16, 16)
-    q, k, v = attention.c_attn(x).view(2, 16, 3, 2, 8).permute(2, 0, 3, 1, 4)
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    expected = attention.c_proj(y.transpose(1, 2).reshape(2, 16, 16))
-    assert torch.allclose(attention(x), expected, atol=1e-5)
+def test_attention_written_out_equals_torchs():
+    _, model = small("--no-sdpa")
+    x = torch.randint(65, (3, 16))
+    own = model.eval()(x)
+    for block in model.h:
+        assert not block.attn.sdpa
+        block.attn.sdpa = True
+    assert torch.allclose(own, model(x), atol=1e-4)
 
 
 def test_dropout_acts_in_training_only():
@@ -105,11 +106,12 @@ def test_bfloat16_agrees_with_float32():
 def test_a_batch_is_windows_and_the_characters_after_them():
     args, _ = small()
     ids = torch.arange(40)
-    x, y = step.draw_batch(ids, args)
+    batches = step.minibatches(ids, args)
+    x, y = next(batches)
     assert x.shape == y.shape == (4, 16)
     assert torch.equal(y, x + 1)
     assert torch.equal(x, x[:, :1] + torch.arange(16))
-    seen = torch.cat([step.draw_batch(ids, args)[1].flatten() for _ in range(200)])
+    seen = torch.cat([next(batches)[1].flatten() for _ in range(200)])
     assert seen.min() == 1
     assert seen.max() == 39
 
@@ -135,7 +137,6 @@ def test_adamw_is_nanogpts_recipe():
         assert (args.learning_rate, args.min_lr, args.warmup_iters) == (1e-3, 1e-4, 100)
         assert (args.beta1, args.beta2, args.weight_decay, args.grad_clip) == (0.9, 0.99, 0.1, 1.0)
         assert args.dropout == (0.2 if device == "cuda" else 0.0)
-        assert args.lr_decay_iters == args.max_iters
     assert step.schedule(args, 0) == pytest.approx(1e-3 / 101)
     assert step.schedule(args, 100) == pytest.approx(1e-3)
     assert step.schedule(args, 2550) == pytest.approx((1e-3 + 1e-4) / 2)
@@ -167,24 +168,20 @@ def test_matrices_decay_and_vectors_do_not(optimizer):
     )
 
 
-def write_text(args, model, start, use_cache=True, stop=()):
-    return step.generate(args, model, start, stop, use_cache)
-
-
 @pytest.mark.parametrize("length", [1, 5, 16, 40])
 def test_cached_sampling_writes_the_same_text(length):
     args, model = small("--temperature", 0, "--max_new_tokens", 60)
     start = torch.randint(65, (3, length))
-    cached = write_text(args, model, start)
+    cached = step.generate(args, model, start)
     assert cached.shape == (3, length + 60)
-    assert torch.equal(cached, write_text(args, model, start, use_cache=False))
+    assert torch.equal(cached, step.generate(args, model, start, use_cache=False))
     assert torch.equal(cached[:, :length], start)
     assert len(cached.unique()) > 5
 
 
 def test_sampling_takes_the_likeliest_at_temperature_0():
     args, model = small("--temperature", 0, "--max_new_tokens", 12)
-    ids = write_text(args, model, torch.randint(65, (2, 4)))
+    ids = step.generate(args, model, torch.randint(65, (2, 4)))
     best = model.eval()(ids[:, :-1]).argmax(2)
     assert torch.equal(ids[:, 4:], best[:, 3:])
 
@@ -192,18 +189,19 @@ def test_sampling_takes_the_likeliest_at_temperature_0():
 def test_top_k_and_seed():
     args, model = small("--temperature", 5.0, "--max_new_tokens", 200, "--top_k", 3)
     start = torch.zeros(4, 1, dtype=torch.long)
-    ids = write_text(args, model, start)
-    assert torch.equal(ids, write_text(args, model, start))
+    ids = step.generate(args, model, start)
+    assert torch.equal(ids, step.generate(args, model, start))
     args.max_new_tokens = 15
-    ids = write_text(args, model, start)
+    ids = step.generate(args, model, start)
     best = model.eval()(ids[:, :-1]).topk(3).indices  # (B, T, 3)
     assert (best == ids[:, 1:, None]).any(2).all()
     args.seed += 1
-    assert not torch.equal(ids, write_text(args, model, start))
+    assert not torch.equal(ids, step.generate(args, model, start))
 
 
 def test_samples_end_with_stop():
-    args, model = small("--temperature", 2.0, "--max_new_tokens", 4000, "--num_samples", 3)
+    args, model = small("--temperature", 5.0, "--max_new_tokens", 2000, "--num_samples", 3)
+    args.top_k = 0
     vocab = "".join(map(chr, range(40, 105)))
     args.prompt, args.stop = "ab", "c"
     texts = step.sample(args, model, vocab).split("\n---------------\n")
@@ -220,13 +218,15 @@ def test_sampling_does_not_disturb_training(standins, tmp_path):
         flags = [*tiny_flags(STEP, standins, tmp_path), "--dropout", "0.3", "--max_new_tokens", n]
         losses.append(step.train(step.parse_args(flags))["val_loss"])
     assert losses[0] == losses[1]
-    assert (tmp_path / "samples.txt").read_text().count("=== iteration") == 6
+    assert (tmp_path / "samples.txt").read_text().count("=== iter") == 3
 
 
 def state_of(path):
     """Return the tensors of a checkpoint, all of them, in order."""
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["state"].pop("seconds")
+    for name in ("seconds", "tokens_per_second"):
+        checkpoint["state"]["record"].pop(name)
     return checkpoint
 
 
@@ -247,17 +247,17 @@ def assert_equal(a, b):
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_killed_and_resumed_is_bit_identical(optimizer, standins, tmp_path):
     flags = [*tiny_flags(STEP, standins, tmp_path / "killed"), "--optimizer", optimizer]
-    flags += ["--max_iters", "400", "--eval_interval", "20", "--dropout", "0.2"]
+    flags += ["--max_iters", "120", "--eval_interval", "20", "--dropout", "0.2"]
     command = [sys.executable, str(ROOT / STEP / "train.py"), *flags]
-    env = os.environ | {"OMP_NUM_THREADS": "2"}
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
     run = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log = tmp_path / "killed" / "metrics.jsonl"
     deadline = time.time() + 120
-    while time.time() < deadline and not (log.exists() and len(log.read_text().splitlines()) > 3):
+    while time.time() < deadline and not (log.exists() and len(log.read_text().splitlines()) > 2):
         time.sleep(0.02)
     run.send_signal(signal.SIGKILL)
     run.wait()
-    assert torch.load(tmp_path / "killed/last.pt", weights_only=True)["state"]["iter_num"] < 400
+    assert torch.load(tmp_path / "killed/last.pt", weights_only=True)["state"]["iter_num"] < 120
     subprocess.run([*command, "--init_from", "resume"], env=env, check=True, capture_output=True)
     command[command.index(str(tmp_path / "killed"))] = str(tmp_path / "whole")
     subprocess.run(command, env=env, check=True, capture_output=True)
@@ -273,22 +273,29 @@ def test_a_signal_saves_and_resume_goes_on(standins, tmp_path):
             return self.asked > 5
 
     flags = tiny_flags(STEP, standins, tmp_path)
-    assert step.train(step.parse_args(flags), Stop())["iter"] == 5
+    step.train(step.parse_args(flags), Stop())
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["state"]["iter_num"] == 5
     final = step.train(step.parse_args([*flags, "--init_from", "resume"]))
     whole = step.train(step.parse_args(tiny_flags(STEP, standins, tmp_path / "whole")))
     assert final["val_loss"] == whole["val_loss"]
 
 
+def test_a_shorter_block_crops_the_positions():
+    _, model = small()
+    _, short = small("--block_size", 8)
+    short.load_state_dict(model.state_dict())
+    x = torch.randint(65, (2, 8))
+    assert torch.equal(short.eval()(x), model.eval()(x))
+
+
 def test_resume_with_a_cropped_block(standins, tmp_path):
-    flags = [*tiny_flags(STEP, standins, tmp_path), "--block_size", "16"]
+    flags = tiny_flags(STEP, standins, tmp_path)
     step.train(step.parse_args(flags))
-    long = torch.load(tmp_path / "last.pt", weights_only=True)["model"]["wpe.weight"]
-    flags += ["--init_from", "resume", "--block_size", "8", "--max_iters"]
-    args = step.parse_args([*flags, "6"])
-    step.train(args)
-    short = torch.load(tmp_path / "last.pt", weights_only=True)["model"]["wpe.weight"]
-    assert torch.equal(short, long[:8])
-    assert step.train(step.parse_args([*flags, "8"]))["iter"] == 8
+    flags += ["--init_from", "resume", "--block_size", "8", "--max_iters", "8"]
+    assert step.train(step.parse_args(flags))["iter"] == 8
+    checkpoint = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert checkpoint["model"]["wpe.weight"].shape == (8, 16)
+    assert checkpoint["adamw"]["state"][1]["exp_avg"].shape == (8, 16)
 
 
 def test_the_checkpoint_tells_its_sizes(standins, tmp_path, capsys):
