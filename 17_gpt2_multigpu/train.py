@@ -1,0 +1,1041 @@
+"""Step 17: GPT-2 124M on OpenWebText, on one GPU or on many machines.
+
+Parent:  16_nanogpt_shakespeare
+New:     load_bpe, tokenise, prepare, check_ids, to_device, loss_fn, flops_per_token,
+         read_safetensors, write_safetensors, turned, load_hf, make_model, export_hf,
+         all_sum, hellaswag, whole, sharded_like, parallelise, average_gradients,
+         measure_speed, check_finite
+Changed: load_data, minibatches, CausalSelfAttention, MLP, Block, GPT, schedule, evaluate,
+         generate, encode, sample, save_checkpoint, load_checkpoint, setup_device,
+         autocast, start_run, train, write_samples, parse_args
+Gone:    download, print_times, log_sample, capture
+
+torchrun starts one process a GPU. Each walks through its own part of the shuffled data, their
+gradients are averaged, and every number is the same as if one process had done it all. A run can
+be killed at any moment: --init_from resume, or torchrun --max-restarts, goes on bit for bit.
+
+Try:     --prepare --corpus FILE.jsonl (your own text), then a run that learns it
+         --init_from gpt2 --eval_only (what do OpenAI's weights score on this text?)
+Source:  Radford et al. 2019, "Language models are unsupervised multitask learners" (GPT-2);
+         Li et al. 2020, "PyTorch distributed: experiences on accelerating data parallel..."
+"""
+
+import argparse
+import functools
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import platform
+import resource
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.elastic.multiprocessing.errors import record as show_error
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from plot import plot_run
+
+# ---------- data ----------
+
+
+OPENWEBTEXT = "hf://datasets/Skylion007/openwebtext@refs%2Fconvert%2Fparquet/plain_text/train/"
+
+
+@functools.cache
+def load_bpe():
+    """Return GPT-2's byte pair encoding, or None where it is neither cached nor to be had."""
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception:  # many kinds, one for every way a network can be absent
+        return None
+
+
+def tokenise(job):
+    """Write the tokens of some documents, each with end-of-text behind it; return their number.
+
+    job is (documents, the rows wanted, the file). A file that exists is whole: nothing is done.
+    """
+    documents, rows, path = job
+    if not path.exists():
+        bpe = load_bpe()
+        ids = []
+        for text in documents.select(rows)[:]["text"]:
+            ids += [*bpe.encode_ordinary(text), bpe.eot_token]
+        np.array(ids, dtype=np.uint16).tofile(path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").replace(path)
+    return len(rows)
+
+
+def prepare(args):
+    """Turn --corpus, or OpenWebText, into train.bin and val.bin under --cache_dir.
+
+    They are nanoGPT's: GPT-2 tokens as uint16. --seed shuffles the documents, the last
+    --val_fraction of all tokens validates. Killed and started again, it goes on where it was.
+    """
+    import datasets  # takes seconds, and only preparing needs it
+
+    if load_bpe() is None:
+        fail("--prepare needs GPT-2's BPE: a network once, or its cache in TIKTOKEN_CACHE_DIR")
+    files = [str(path) for path in args.corpus]
+    files = files or [f"{OPENWEBTEXT}{i:04d}.parquet" for i in range(80)]
+    kinds = {".jsonl": "json", ".txt": "text", ".parquet": "parquet"}
+    kind = {kinds.get(Path(file).suffix) for file in files}
+    if len(kind) > 1 or None in kind or not all(path.is_file() for path in args.corpus):
+        fail(
+            f"--corpus {' '.join(files[:5])}: needs files that all end in .jsonl, .txt or .parquet"
+        )
+    options = {"sample_by": "document"} if kind == {"text"} else {}
+    options |= {"cache_dir": str(args.cache_dir / "datasets"), "split": "train"}
+    try:
+        documents = datasets.load_dataset(*kind, data_files=files, **options).select_columns("text")
+    except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        fail(f"--corpus {' '.join(files[:5])}: no column 'text' can be read ({reason})")
+
+    about = [args.seed, *((path.name, path.stat().st_size) for path in args.corpus)]
+    parts = args.cache_dir / f"parts-{hashlib.sha256(repr(about).encode()).hexdigest()[:8]}"
+    parts.mkdir(parents=True, exist_ok=True)
+    order = np.random.default_rng(args.seed).permutation(len(documents))
+    starts = range(0, len(order), 10_000)
+    jobs = [(documents, order[i : i + 10_000], parts / f"{i:09d}.bin") for i in starts]
+    with multiprocessing.Pool(args.num_proc) as pool, tqdm(total=len(order), unit="doc") as bar:
+        for done in pool.imap_unordered(tokenise, jobs):
+            bar.update(done)
+    pieces = [np.memmap(path, np.uint16, "r") for *_, path in jobs]
+    n_tokens = sum(map(len, pieces))
+    n_train = n_tokens - int(n_tokens * args.val_fraction)
+    for name, first, last in (("train", 0, n_train), ("val", n_train, n_tokens)):
+        with open(args.cache_dir / f"{name}.tmp", "wb") as out:
+            at = 0
+            for piece in pieces:
+                out.write(piece[max(first - at, 0) : max(last - at, 0)].tobytes())
+                at += len(piece)
+        (args.cache_dir / f"{name}.tmp").replace(args.cache_dir / f"{name}.bin")
+    sizes = {"train": n_train, "val": n_tokens - n_train, "documents": len(order)}
+    (args.cache_dir / "meta.json").write_text(json.dumps(sizes))
+    for *_, path in jobs:
+        path.unlink()
+    print(f"{args.cache_dir}: {n_train:,} tokens to train, {n_tokens - n_train:,} to validate")
+    return sizes
+
+
+def load_data(args):
+    """Return the ids of the training and of the validation tokens, as files mapped to memory."""
+    folder = args.data_dir / args.dataset
+    folder = folder if (folder / "train.bin").is_file() else args.cache_dir
+    meta = folder / "meta.json"
+    sizes = json.loads(meta.read_text()) if meta.is_file() else {}
+    data = []
+    for name in ("train", "val"):
+        path = folder / f"{name}.bin"
+        if not path.is_file():
+            fail(
+                f"no {name}.bin in {args.data_dir / args.dataset} or {args.cache_dir}: --prepare "
+                "makes it from OpenWebText (25 GB to download, 100 GB of disk meanwhile, then 18), "
+                "--prepare --corpus FILES from your text, python tests/standins.py DIR from none"
+            )
+        size = path.stat().st_size
+        if size % 2 or size != 2 * sizes.get(name, size // 2):
+            fail(f"{path} is damaged, it has {size:,} bytes: --prepare makes it again")
+        if size < 4 * args.block_size:
+            fail(
+                f"{path}: {size // 2:,} tokens, but two of --block_size {args.block_size} must fit"
+            )
+        data.append(np.memmap(path, np.uint16, "r"))
+        check_ids(args, data[-1][:1_000_000], path)
+    return data
+
+
+def check_ids(args, ids, name):
+    """Leave with an error if a token is not in the vocabulary."""
+    if ids.size and ids.max() >= args.vocab_size:
+        fail(f"{name} holds token {ids.max()}, over --vocab_size {args.vocab_size}")
+
+
+def minibatches(args, tokens, iter_num, device):
+    """Yield this process's micro-batches x, y (B, T) for ever, from iteration iter_num on.
+
+    Sequence p of the run is a function of (seed, p) alone: an epoch is a shuffled list of blocks,
+    and all processes walk through it together. So no block comes twice in an epoch, however many
+    they are, the data do not depend on their number, and the place to resume at is iter_num.
+    """
+    n_blocks = len(tokens) // args.block_size - 1  # one less: their borders shift every epoch
+    p = iter_num * args.total_batch_tokens // args.block_size + args.rank * args.batch_size
+    block = np.empty((args.batch_size, args.block_size + 1), dtype=np.int64)  # (B, T + 1)
+    epoch = None
+    while True:
+        for row in range(args.batch_size):
+            if (p + row) // n_blocks != epoch:
+                epoch = (p + row) // n_blocks
+                rng = np.random.default_rng([args.seed, epoch])
+                first, order = rng.integers(args.block_size), rng.permutation(n_blocks)
+            start = first + order[(p + row) % n_blocks] * args.block_size
+            block[row] = tokens[start : start + args.block_size + 1]
+        check_ids(args, block, "train.bin")
+        yield to_device(block[:, :-1], device), to_device(block[:, 1:], device)
+        p += args.world_size * args.batch_size
+
+
+def to_device(ids, device):
+    """Return a copy of numpy's ids on the device; on a GPU nobody waits for it."""
+    ids = torch.tensor(ids)
+    return ids.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ids
+
+
+# ---------- model ----------
+# B sequences, T tokens, C = n_embd, H heads of D = C / H, V tokens in the vocabulary
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        self.n_head = args.n_head
+        self.dropout = args.dropout
+        self.c_attn = nn.Linear(args.n_embd, 3 * args.n_embd, bias=args.bias)
+        self.c_proj = nn.Linear(args.n_embd, args.n_embd, bias=args.bias)
+        future = torch.ones(args.block_size, args.block_size, dtype=torch.bool).triu(1)
+        self.register_buffer("mask", torch.zeros(1).masked_fill(future, -math.inf), False)
+
+    def forward(self, x, cache=None):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        if cache is not None:
+            cache[:] = [torch.cat(pair, dim=2) for pair in zip(cache, (k, v))] if cache else [k, v]
+            k, v = cache  # (B, H, T so far, D)
+        dropout = self.dropout if self.training else 0.0
+        if x.is_cuda:
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
+        else:  # twice as fast here as the fused kernel, as long as the context is short
+            scores = q * q.shape[-1] ** -0.5 @ k.mT  # (B, H, T, T)
+            scores = scores + self.mask[:T, :T].to(scores.dtype) if T > 1 else scores
+            y = F.dropout(scores.softmax(-1), dropout) @ v
+        y = y.transpose(1, 2).reshape(B, T, C)  # (B, H, T, D) -> (B, T, C)
+        return F.dropout(self.c_proj(y), dropout)
+
+
+class MLP(nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        self.dropout = args.dropout
+        self.c_fc = nn.Linear(args.n_embd, 4 * args.n_embd, bias=args.bias)
+        self.c_proj = nn.Linear(4 * args.n_embd, args.n_embd, bias=args.bias)
+
+    def forward(self, x):
+        x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4C); the GELU of GPT-2's weights
+        return F.dropout(self.c_proj(x), self.dropout, self.training)  # (B, T, C)
+
+
+class Block(nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(args.n_embd, bias=args.bias)
+        self.attn = CausalSelfAttention(args)
+        self.ln_2 = nn.LayerNorm(args.n_embd, bias=args.bias)
+        self.mlp = MLP(args)
+
+    def forward(self, x, cache=None):
+        x = x + self.attn(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """GPT-2 (Radford et al. 2019) with nanoGPT's initialisation; the head is the embedding."""
+
+    def __init__(self, args, vocab_size):
+        super().__init__()
+        self.dropout = args.dropout
+        self.wte = nn.Embedding(vocab_size, args.n_embd)
+        self.wpe = nn.Embedding(args.block_size, args.n_embd)
+        self.h = nn.ModuleList(Block(args) for _ in range(args.n_layer))
+        self.ln_f = nn.LayerNorm(args.n_embd, bias=args.bias)
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):  # the residual stream adds up 2 * n_layer of these
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * args.n_layer))
+            elif p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def forward(self, x, cache=None):
+        """Return the logits (B, T, V) of the characters after x (B, T); cache: one list a block."""
+        start = cache[0][0].shape[2] if cache and cache[0] else 0
+        x = self.wte(x) + self.wpe.weight[start : start + x.shape[1]]  # (B, T) -> (B, T, C)
+        x = F.dropout(x, self.dropout, self.training)
+        for i, block in enumerate(self.h):
+            x = block(x, cache[i] if cache else None)
+        return F.linear(self.ln_f(x), self.wte.weight)  # (B, T, C) -> (B, T, V)
+
+    def load_state_dict(self, weights):
+        """Take weights, also those of a longer context: its last positions are cropped."""
+        positions = weights["wpe.weight"][: self.wpe.num_embeddings]
+        return super().load_state_dict(weights | {"wpe.weight": positions})
+
+
+def loss_fn(logits, y, reduction="mean"):
+    """Return the cross-entropy in nats of logits (B, T, V) against y (B, T)."""
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction=reduction)
+
+
+def flops_per_token(args):
+    """Return the operations of forward and backward for a token (PaLM, appendix B)."""
+    n_matrices = 12 * args.n_layer * args.n_embd**2 + args.vocab_size * args.n_embd
+    return 6 * n_matrices + 12 * args.n_layer * args.n_embd * args.block_size
+
+
+def read_safetensors(path):
+    """Return a file's tensors by name: 8 bytes of length, a JSON header, then their bytes."""
+    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    tensors = {}
+    for name, about in json.loads(data[8:start]).items():
+        if about.get("dtype") in dtypes:  # the others are masks, and the header's own comments
+            first, last = about["data_offsets"]
+            piece = bytearray(data[start + first : start + last])
+            tensor = torch.frombuffer(piece, dtype=dtypes[about["dtype"]])
+            tensors[name] = tensor.view(about["shape"]).float()
+    return tensors
+
+
+def write_safetensors(path, tensors):
+    """Write tensors by name in float32."""
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        size = 4 * tensor.numel()
+        about = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [at, at + size]}
+        header[name], at = about, at + size
+    header = json.dumps(header).encode()
+    header += b" " * (-len(header) % 8)
+    with open(path, "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for tensor in tensors.values():
+            file.write(tensor.float().contiguous().numpy().tobytes())
+
+
+def turned(name, tensor):
+    """Return a weight as the other side keeps it: the published GPT-2's matrices are transposed."""
+    return tensor.T if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else tensor
+
+
+def load_hf(args):
+    """Return the weights in the folder, or of the published GPT-2, that --init_from names.
+
+    Its sizes become those of args.
+    """
+    folder = Path(args.init_from)
+    try:
+        if not folder.is_dir():
+            from huggingface_hub import snapshot_download
+
+            wanted = ["config.json", "*.safetensors"]
+            folder = Path(snapshot_download(f"openai-community/{folder}", allow_patterns=wanted))
+        config = json.loads((folder / "config.json").read_text())
+        sizes = {k: config[k] for k in ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions")}
+        tensors = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            tensors |= read_safetensors(path)
+    except Exception as error:  # the hub's own kinds, and every way a file can be damaged
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        fail(f"--init_from {args.init_from}: no whole GPT-2 there, no download of one ({reason})")
+    n_positions = sizes.pop("n_positions")
+    if args.block_size > n_positions:
+        fail(f"--block_size {args.block_size} is over the {n_positions} of {args.init_from}")
+    vars(args).update(sizes | {"bias": True})
+    names = {name: name.removeprefix("transformer.") for name in tensors}
+    skipped = (".attn.bias", ".attn.masked_bias", "lm_head.weight")
+    return {k: turned(k, tensors[n]) for n, k in names.items() if not k.endswith(skipped)}
+
+
+def make_model(args):
+    """Return the model before training: new, or with the weights that --init_from names."""
+    if args.init_from in ("scratch", "resume"):
+        return GPT(args, args.vocab_size)
+    weights = load_hf(args)
+    model = GPT(args, args.vocab_size)
+    try:
+        model.load_state_dict(weights)
+    except (LookupError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        fail(f"--init_from {args.init_from} is no GPT-2 ({reason})")
+    return model
+
+
+def export_hf(args, weights):
+    """Write --export_hf, a folder that transformers' GPT2LMHeadModel.from_pretrained loads."""
+    if args.rank > 0:
+        return
+    args.export_hf.mkdir(parents=True, exist_ok=True)
+    config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}
+    config |= {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
+    config |= {name: getattr(args, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
+    config |= {"n_positions": args.block_size, "bos_token_id": 50256, "eos_token_id": 50256}
+    (args.export_hf / "config.json").write_text(json.dumps(config, indent=2))
+    tensors = {f"transformer.{k}": turned(k, tensor.cpu()) for k, tensor in weights.items()}
+    if not args.bias:  # the published layout has biases everywhere
+        for k, tensor in weights.items():
+            if not k.startswith(("wte", "wpe")):
+                tensors[f"transformer.{k.removesuffix('weight')}bias"] = torch.zeros(len(tensor))
+    write_safetensors(args.export_hf / "model.safetensors", tensors)
+
+
+# ---------- optimizer ----------
+
+
+def make_optimizers(args, model):
+    """Return the optimizers by name; matrices and embeddings decay, biases and norms do not."""
+    decay = {name: p for name, p in model.named_parameters() if p.ndim == 2}
+    optimizers = {}
+    if args.optimizer == "muon":
+        hidden = [decay.pop(name) for name in list(decay) if name.startswith("h.")]
+        # Scaled to the size of AdamW's updates (Liu et al. 2025): one learning rate serves both.
+        optimizers["muon"] = torch.optim.Muon(
+            hidden, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+    rest = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": list(decay.values())}, {"params": rest, "weight_decay": 0.0}]
+    optimizers["adamw"] = torch.optim.AdamW(
+        groups, betas=(args.beta1, args.beta2), weight_decay=args.weight_decay, fused=True
+    )
+    return optimizers
+
+
+def schedule(args, iter_num):
+    """Return the learning rate of an iteration: a linear warm-up, then half a cosine to min_lr."""
+    if iter_num < args.warmup_iters:
+        return args.learning_rate * (iter_num + 1) / (args.warmup_iters + 1)
+    done = (iter_num - args.warmup_iters) / max(1, args.lr_decay_iters - args.warmup_iters)
+    wave = (1 + math.cos(math.pi * min(done, 1))) / 2
+    return args.min_lr + (args.learning_rate - args.min_lr) * wave
+
+
+# ---------- evaluation ----------
+
+
+def all_sum(values, device):
+    """Return numbers summed over the processes, in float64. Waits for the device."""
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+@torch.no_grad()
+def evaluate(args, model, ids, batch_loss, device):
+    """Return the mean loss over all of ids (N,), each token once, whoever many processes share it.
+
+    Windows of block_size lie side by side. What the last batch lacks is filled with -100, which
+    F.cross_entropy does not count. The first token has nothing before it and is not counted.
+    """
+    model.eval()
+    n = len(ids) - 1
+    rows = args.batch_size * args.world_size
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for first in range(0, n, rows * args.block_size):
+        block = np.full((args.batch_size, args.block_size + 1), -100)  # (B, T + 1)
+        for row in range(args.batch_size):
+            start = first + (args.rank * args.batch_size + row) * args.block_size
+            piece = ids[start : start + args.block_size + 1]
+            block[row, : len(piece)] = piece
+        check_ids(args, block, "val.bin")
+        x, y = to_device(block[:, :-1].clip(0), device), to_device(block[:, 1:], device)
+        with autocast(args):
+            total += batch_loss(x, y, reduction="sum")
+    model.train()
+    return all_sum([float(total)], device)[0] / n
+
+
+@torch.no_grad()
+def hellaswag(args, model, device):
+    """Return the share of HellaSwag's questions whose true ending has the lowest mean loss."""
+    model.eval()
+    questions = [json.loads(line) for line in args.hellaswag.read_text("utf-8").splitlines()]
+    n_right, bpe = 0, load_bpe()
+    rounds = math.ceil(len(questions) / args.world_size)  # as many for every process
+    for i in range(args.rank, rounds * args.world_size, args.world_size):
+        question = questions[i % len(questions)]
+        context = bpe.encode_ordinary(question["ctx"])
+        endings = [bpe.encode_ordinary(" " + ending) for ending in question["endings"]]
+        y = np.full((len(endings), len(context) + max(map(len, endings))), -100)
+        x = y.copy()
+        for row, ending in enumerate(endings):
+            x[row, : len(context) + len(ending)] = context + ending
+            y[row, len(context) : len(context) + len(ending)] = ending
+        x, y = x[:, :-1].clip(0)[:, -args.block_size :], y[:, 1:][:, -args.block_size :]
+        with autocast(args):
+            logits = model(to_device(x, device))
+            losses = loss_fn(logits, to_device(y, device), reduction="none").view(y.shape)
+        losses = losses.sum(1).cpu().numpy() / (y >= 0).sum(1)
+        n_right += int(i < len(questions) and losses.argmin() == question["label"])
+    model.train()
+    return all_sum([n_right], device)[0] / len(questions)
+
+
+@torch.no_grad()
+def generate(args, model, ids, stop=(), use_cache=True):
+    """Return ids (B, T) and up to max_new_tokens more; it ends when every row has had stop.
+
+    Keys and values of earlier characters are cached. Positions are absolute, so a full block
+    cannot slide: it starts anew from its last half, once in block_size / 2 characters.
+    """
+    model.eval()
+    generator = torch.Generator(ids.device).manual_seed(args.seed)
+    start, end, cache = max(0, ids.shape[1] - args.block_size), ids.shape[1], None
+    for _ in range(args.max_new_tokens):
+        if ids.shape[1] - start > args.block_size:
+            start, cache = ids.shape[1] - (args.block_size + 1) // 2, None
+        fresh = ids[:, start:] if cache is None else ids[:, -1:]
+        cache = cache or [[] for _ in model.h]
+        with autocast(args):
+            logits = model(fresh, cache)[:, -1].float()  # (B, V)
+        cache = cache if use_cache else None
+        if args.top_k:
+            kth = logits.topk(min(args.top_k, logits.shape[1])).values[:, -1:]
+            logits[logits < kth] = -math.inf
+        if args.temperature == 0:
+            new = logits.argmax(1, keepdim=True)  # (B, 1)
+        else:
+            p = (logits / args.temperature).softmax(1)
+            new = torch.multinomial(p, 1, generator=generator)  # (B, 1)
+        ids = torch.cat((ids, new), dim=1)
+        if len(stop) and ids.shape[1] >= end + len(stop):
+            windows = ids[:, end:].unfold(1, len(stop), 1)  # (B, ..., len(stop))
+            if (windows == stop.to(ids.device)).all(2).any(1).all():
+                break
+    model.train()
+    return ids
+
+
+def encode(args, text, flag):
+    """Return the tokens (N,) of the text that a flag gave."""
+    ids = np.array(load_bpe().encode(text, allowed_special="all"), dtype=np.int64)
+    check_ids(args, ids, flag)
+    return torch.from_numpy(ids)
+
+
+def sample(args, model):
+    """Return --num_samples texts that go on from --prompt, each up to --stop."""
+    if load_bpe() is None:
+        return "(no sample: GPT-2's BPE needs a network once, or its cache in TIKTOKEN_CACHE_DIR)"
+    prompt = encode(args, args.prompt, "--prompt")
+    stop = encode(args, args.stop, "--stop")
+    start = prompt.to(args.device).repeat(args.num_samples, 1)
+    ids = generate(args, model, start, stop)
+    texts = [load_bpe().decode(row) for row in ids.tolist()]
+    n = len(load_bpe().decode(prompt.tolist()))
+    ends = [text.find(args.stop, n) if args.stop else -1 for text in texts]
+    texts = [text[: end + len(args.stop)] if end >= 0 else text for text, end in zip(texts, ends)]
+    return "\n---------------\n".join(texts)
+
+
+# ---------- checkpoint ----------
+
+
+def whole(value):
+    """Return a state_dict whose shards are put together; with FSDP all processes must call it."""
+    if isinstance(value, dict):
+        return {key: whole(v) for key, v in value.items()}
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def sharded_like(value, old):
+    """Return the tensor value cropped and sharded as old, the one it is to replace."""
+    if value.dim() and value.dim() == old.dim():
+        value = value[: len(old)]  # a longer context's last positions are cropped
+    if isinstance(old, DTensor) and value.shape == old.shape:
+        value = distribute_tensor(value.to(old.device), old.device_mesh, old.placements)
+    return value
+
+
+def save_checkpoint(args, paths, parts, state, device):
+    """Write the state_dict of every part, the plain values in `state` and all random generators.
+
+    Written beside, forced to disk and renamed: whoever kills the run, or fills the disk, leaves
+    the old file or the new one, whole. One process writes what all of them hold together.
+    """
+    checkpoint = {name: whole(part.state_dict()) for name, part in parts.items()}
+    rng = [torch.get_rng_state()]
+    if device.type == "cuda":
+        rng.append(torch.cuda.get_rng_state())
+    all_rng = [rng] * args.world_size
+    if dist.is_initialized():
+        dist.all_gather_object(all_rng, rng)
+    checkpoint |= {"state": state, "rng": all_rng}
+    for path in paths if args.rank == 0 else []:
+        beside = path.with_suffix(".tmp")
+        try:
+            with open(beside, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        except (OSError, RuntimeError) as error:
+            beside.unlink(missing_ok=True)
+            fail(f"{path} cannot be written, the one before is left as it was: {error}")
+
+
+def read_checkpoint(path):
+    """Return the checkpoint in a file."""
+    if not path.is_file():
+        fail(f"there is no {path}: a run with --init_from scratch leaves it")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        assert checkpoint.keys() >= {"state", "rng"}
+    except Exception:  # torch.load raises many kinds, one for every way a file can be damaged
+        fail(f"{path} is not a whole checkpoint of this step")
+    return checkpoint
+
+
+def load_checkpoint(args, path, parts):
+    """Put a checkpoint back into the parts and the random generators; return its `state`.
+
+    It may come from another number of processes, sharded or not.
+    """
+    checkpoint = read_checkpoint(path)
+    for name, part in parts.items():
+        try:
+            saved = checkpoint[name]
+            if isinstance(part, nn.Module):
+                saved = {k: sharded_like(saved[k], old) for k, old in part.state_dict().items()}
+            elif isinstance(part, torch.optim.Optimizer):
+                params = [p for group in part.param_groups for p in group["params"]]
+                for i, averages in saved["state"].items():
+                    saved["state"][i] = {k: sharded_like(v, params[i]) for k, v in averages.items()}
+            part.load_state_dict(saved)
+        except (LookupError, RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[-1].strip()
+            fail(f"{path} is of another shape ({name}: {reason})")
+    if args.rank < len(checkpoint["rng"]):
+        rng = checkpoint["rng"][args.rank]
+        torch.set_rng_state(rng[0])
+        if torch.cuda.is_available() and len(rng) > 1:
+            torch.cuda.set_rng_state(rng[1])
+    return checkpoint["state"]
+
+
+def catch_signals():
+    """Return an event that SIGTERM or Ctrl-C sets: the loop then saves and leaves."""
+    stop = threading.Event()
+
+    def ask(number, frame):
+        stop.set()
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the run at once
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, ask)
+    return stop
+
+
+# ---------- training ----------
+
+
+def setup_device(args):
+    """Return the device; join the other processes; settle dtype and compile."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: there is none; --device cpu goes on without")
+    device = torch.device(args.device)
+    if args.device == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ and not dist.is_initialized():  # torchrun started this process
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    args.rank = dist.get_rank() if dist.is_initialized() else 0
+    args.world_size = dist.get_world_size() if dist.is_initialized() else 1
+    if args.dtype == "auto":
+        cpu = torch.cpu.get_capabilities() if args.device == "cpu" else {}
+        fast = args.device == "cuda" or cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+        args.dtype = "bfloat16" if fast else "float32"
+        if args.device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+            args.dtype = "float16"
+    if args.parallel == "fsdp" and args.dtype == "float16":
+        fail("--parallel fsdp does not scale the loss: --dtype bfloat16 or float32")
+    if args.compile == "auto":
+        args.compile = "on" if args.device == "cuda" else "off"
+    if args.compile == "on":
+        try:
+            torch.compile(lambda x: x + 1)(torch.ones(1, device=device))
+        except Exception as error:  # no C++ compiler, no triton, ...
+            args.compile = "off"
+            print(f"going on without torch.compile: {str(error).strip().splitlines()[0]}")
+    unit = args.batch_size * args.block_size * args.world_size
+    if args.total_batch_tokens % unit:
+        near = max(1, round(args.total_batch_tokens / unit)) * unit
+        fail(
+            f"--total_batch_tokens {args.total_batch_tokens} is no multiple of --batch_size "
+            f"{args.batch_size} x --block_size {args.block_size} x {args.world_size} processes; "
+            f"{near} is"
+        )
+    return device
+
+
+def autocast(args):
+    """Return the context in which matrix products run in --dtype; the weights stay float32."""
+    dtype = getattr(torch, args.dtype)
+    return torch.autocast(args.device, dtype, enabled=dtype != torch.float32)
+
+
+def parallelise(args, model, device):
+    """Return the model to train with: wrapped, so that processes average their gradients.
+
+    DDP keeps a copy of everything in every process. FSDP shards weights, gradients and averages,
+    and puts one block together at a time.
+    """
+    if args.parallel == "fsdp" and dist.is_initialized():
+        policy = MixedPrecisionPolicy(getattr(torch, args.dtype), torch.float32)
+        mesh = init_device_mesh(args.device, (args.world_size,))
+        for block in model.h:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        return fully_shard(model, mesh=mesh, mp_policy=policy).to(device)
+    model.to(device)
+    return (
+        DistributedDataParallel(model, gradient_as_bucket_view=True)
+        if dist.is_initialized()
+        else model
+    )
+
+
+def average_gradients(runner, on):
+    """Let the next backward average the gradients over processes, or only add up on each."""
+    if isinstance(runner, FSDPModule):
+        runner.set_requires_gradient_sync(on)
+    elif isinstance(runner, DistributedDataParallel):
+        runner.require_backward_grad_sync = on  # must be set before the forward pass, too
+
+
+# Dense bfloat16 TFLOP/s (V100, T4: float16) of NVIDIA's data sheets; the first that fits counts.
+PEAK_TFLOPS = {"B200": 2250, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989}
+PEAK_TFLOPS |= {"GH200": 989, "A100": 312, "L40S": 362, "L4": 121, "V100": 125, "T4": 65}
+
+
+def measure_speed(args, tokens, seconds, device):
+    """Return tokens_per_second, mfu where the device's peak is known, and the memory used."""
+    tflops = args.peak_tflops
+    if args.device == "cuda":
+        memory = torch.cuda.max_memory_allocated(device)
+        name = torch.cuda.get_device_name(device)
+        known = [
+            peak for kind, peak in PEAK_TFLOPS.items() if set(kind.split()) <= set(name.split())
+        ]
+        if args.dtype != "float32" and known:
+            tflops = tflops or known[0]
+    else:
+        memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    record = {"tokens_per_second": tokens / seconds, "memory_gib": memory / 2**30}
+    if tflops:
+        flops = flops_per_token(args) * record["tokens_per_second"] / args.world_size
+        record["mfu"] = flops / (tflops * 1e12)
+    return record
+
+
+def start_run(args, device, iter_num):
+    """Make out_dir and args.json; keep of metrics.jsonl what lies before iter_num."""
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    metrics = args.out_dir / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True) if iter_num and metrics.is_file() else []
+    metrics.write_text("".join(line for line in lines if json.loads(line)["iter"] < iter_num))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    made_by = {"python": platform.python_version(), "torch": torch.__version__, "made_on": name}
+    (args.out_dir / "args.json").write_text(json.dumps(vars(args) | made_by, default=str))
+
+
+def log_metrics(args, record):
+    """Append a record to metrics.jsonl and print it above the progress bar."""
+    with open(args.out_dir / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(record) + "\n")
+    tqdm.write("  ".join(f"{key} {value:.5g}" for key, value in record.items()))
+
+
+def check_finite(loss, iter_num, args):
+    """Stop the run where the loss is no number any more; the last checkpoint stays."""
+    if not math.isfinite(loss):
+        fail(f"loss {loss} at iteration {iter_num}, --learning_rate {args.learning_rate}")
+
+
+def train(args, stop=None):
+    """Run the whole step, until the event stop is set; return the last record of metrics.jsonl."""
+    start = time.perf_counter()
+    device = setup_device(args)
+    torch.manual_seed(args.seed)
+    model, train_ids, val_ids = make_model(args), *load_data(args)
+    n_params = sum(p.numel() for p in model.parameters())
+    runner = parallelise(args, model, device)
+    optimizers = make_optimizers(args, model)
+    scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "float16")
+    parts = {"model": model, **optimizers, "scaler": scaler}
+    last, best = args.out_dir / "last.pt", args.out_dir / "best.pt"
+    state = {"iter_num": 0, "val_loss": math.inf, "seconds": 0.0, "losses": []}
+
+    def batch_loss(x, y, reduction="mean"):
+        return loss_fn(runner(x), y, reduction)
+
+    if args.compile == "on":
+        batch_loss = torch.compile(batch_loss, dynamic=False)
+    torch.manual_seed(args.seed + args.rank)  # every process drops out its own
+    if args.init_from == "resume":
+        state = load_checkpoint(args, last, parts)
+    start -= state["seconds"]
+    accumulation = args.total_batch_tokens // (args.batch_size * args.block_size * args.world_size)
+    batches = minibatches(args, train_ids, state["iter_num"], device)
+    x, y = next(batches)
+    losses = state["losses"]  # of the last hundred iterations
+    talks = args.rank == 0  # only one process prints and writes
+    if talks:
+        start_run(args, device, state["iter_num"])
+        sharing = f"{accumulation} micro-batches x {args.world_size} processes"
+        print(f"{n_params:,} parameters, {sharing}, {args.device}, {args.dtype}")
+    since, since_iter, speed, stopping = time.perf_counter(), state["iter_num"], {}, False
+
+    span = range(state["iter_num"], args.max_iters + 1)
+    disable = None if talks else True
+    for iter_num in (bar := tqdm(span, initial=span.start, total=args.max_iters, disable=disable)):
+        done = iter_num == args.max_iters or args.eval_only
+        if stopping:
+            state |= {"iter_num": iter_num, "seconds": time.perf_counter() - start}
+            save_checkpoint(args, [last], parts, state, device)
+            if talks:
+                tqdm.write(
+                    f"stopped at iteration {iter_num}: --init_from resume goes on from there"
+                )
+            return {"iter": iter_num}
+        if iter_num % args.eval_interval == 0 or done:
+            record = {"iter": iter_num, "seconds": 0.0, "learning_rate": schedule(args, iter_num)}
+            if losses:
+                record |= {"train_loss": sum(losses) / len(losses), **speed}
+            record["val_loss"] = evaluate(args, model, val_ids, batch_loss, device)
+            if args.hellaswag:
+                record["hellaswag"] = hellaswag(args, model, device)
+            record["seconds"] = time.perf_counter() - start
+            check_finite(record["val_loss"], iter_num, args)
+            text = sample(args, model)
+            if talks:
+                log_metrics(args, record)
+                tqdm.write(text)
+                with open(args.out_dir / "samples.txt", "a", encoding="utf-8") as file:
+                    file.write(f"=== iteration {iter_num}\n{text}\n")
+                plot_run(args.out_dir)
+            if args.eval_only:
+                break
+            paths = [last] + [args.out_dir / f"iter_{iter_num:08d}.pt"] * (args.keep > 0)
+            if record["val_loss"] < state["val_loss"]:
+                state["val_loss"] = record["val_loss"]
+                paths.insert(0, best)
+            state |= {"iter_num": iter_num, "seconds": time.perf_counter() - start}
+            save_checkpoint(args, paths, parts, state, device)
+            old = (
+                sorted(args.out_dir.glob("iter_*.pt"))[: -args.keep] if args.keep and talks else []
+            )
+            for path in old:
+                path.unlink()
+            if done:
+                break
+            since, since_iter = time.perf_counter(), iter_num
+
+        loss = torch.zeros((), device=device)
+        for micro_step in range(accumulation):
+            average_gradients(runner, micro_step == accumulation - 1)
+            with autocast(args):
+                micro_loss = batch_loss(x, y) / accumulation
+            x, y = next(batches)  # while the device is busy
+            scaler.scale(micro_loss).backward()
+            loss += micro_loss.detach()
+        for optimizer in optimizers.values():
+            scaler.unscale_(optimizer)
+            for group in optimizer.param_groups:
+                group["lr"] = schedule(args, iter_num)
+        norm = whole(nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf))
+        asked = stop is not None and stop.is_set()
+        loss, stopping = all_sum([loss.item() / args.world_size, asked], device)
+        check_finite(loss, iter_num, args)
+        z = (loss - np.mean(losses)) / (np.std(losses) + 1e-9) if len(losses) == 100 else 0.0
+        if (z > args.skip_zscore > 0 or not norm.isfinite()) and talks:
+            tqdm.write(
+                f"update {iter_num} skipped: loss {loss:.4f} (z {z:.1f}), gradient {norm:.3g}"
+            )
+        elif not z > args.skip_zscore > 0 and norm.isfinite():
+            for optimizer in optimizers.values():
+                scaler.step(optimizer)
+        scaler.update()
+        for p in model.parameters():
+            p.grad = None
+        losses[:] = [*losses[-99:], loss]
+        tokens = (iter_num + 1 - since_iter) * args.total_batch_tokens
+        speed = measure_speed(args, tokens, time.perf_counter() - since, device)
+        if iter_num % args.log_interval == 0:
+            mfu = f"{speed['mfu']:.1%}" if "mfu" in speed else "unknown"
+            rate = f"{speed['tokens_per_second']:,.0f}"
+            bar.set_postfix(loss=f"{loss:.4f}", tokens_per_second=rate, mfu=mfu)
+
+    if args.export_hf:
+        export_hf(args, whole(model.state_dict()))
+    if talks:
+        print(f"val_loss {record['val_loss']:.4f} after {record['seconds']:.0f} s")
+        print(f"picture: {plot_run(args.out_dir)}")
+    return record
+
+
+def write_samples(args):
+    """Print samples of the model in out_dir/best.pt, or of the one that --init_from names."""
+    device = setup_device(args)
+    model = make_model(args)
+    if args.init_from in ("scratch", "resume"):
+        load_checkpoint(args, args.out_dir / "best.pt", {"model": model})
+    print(sample(args, model.to(device)))
+
+
+# ---------- command line ----------
+
+
+def fail(message, exit_code=2):
+    """Leave with one line on standard error."""
+    tqdm.write(f"train.py: error: {message}", file=sys.stderr)
+    raise SystemExit(exit_code)
+
+
+def number(kind, low, high=1e9):
+    """Return an argparse type: an int or float (kind) from low to high."""
+
+    def convert(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise ValueError
+        return value
+
+    convert.__name__ = f"{kind.__name__} from {low:g} to {high:g}"  # argparse puts it in its error
+    return convert
+
+
+# Defaults by --device: GPT-2 124M, or a toy that a CPU can train.
+SIZES = {"cpu": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 128, "batch_size": 16}}
+SIZES["cuda"] = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "batch_size": 32}
+RECIPES = {
+    "cpu": {"learning_rate": 2e-3, "min_lr": 2e-4, "warmup_iters": 50, "max_iters": 500}
+    | {"total_batch_tokens": 4096, "eval_interval": 50},
+    "cuda": {"learning_rate": 6e-4, "min_lr": 6e-5, "warmup_iters": 2000, "max_iters": 600_000}
+    | {"total_batch_tokens": 491_520, "eval_interval": 1000},
+}
+
+
+def parse_args(argv=None):
+    """Return the flags of the command line (or of argv), checked."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        usage=argparse.SUPPRESS,  # so that an error is one line
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    here = Path(__file__).resolve().parent
+    flag = parser.add_argument_group("data").add_argument
+    data_dir = os.environ.get("DATA_DIR", here.parent / "data")
+    flag("--data_dir", type=Path, default=data_dir, help="holds openwebtext/{train,val}.bin")
+    flag("--dataset", default="openwebtext", help="another folder's name in data_dir")
+    flag("--prepare", action="store_true", help="make train.bin and val.bin, and leave")
+    flag("--corpus", type=Path, nargs="+", default=[], help="prepare these jsonl, txt or parquet")
+    flag("--val_fraction", type=number(float, 0, 0.5), default=0.0005, help="of prepared tokens")
+    flag("--num_proc", type=number(int, 1), default=os.cpu_count(), help="processes that prepare")
+    flag("--cache_dir", type=Path, help="prepared files (default: cache/DATASET in data_dir)")
+    flag("--batch_size", type=number(int, 1), help="sequences in a micro-batch of one process")
+    flag("--total_batch_tokens", type=number(int, 1), help="tokens of one update, all processes")
+    flag = parser.add_argument_group("model").add_argument
+    names = "scratch, resume (last.pt), gpt2, gpt2-medium, gpt2-large, gpt2-xl or such a folder"
+    flag("--init_from", default="scratch", help=names)
+    flag("--export_hf", type=Path, help="write the final model into this folder for transformers")
+    flag("--vocab_size", type=number(int, 2, 65536), default=50257, help="tokens; GPT-2: 50257")
+    flag("--n_layer", type=number(int, 1), help="blocks")
+    flag("--n_head", type=number(int, 1), help="heads; divides n_embd")
+    flag("--n_embd", type=number(int, 1), help="width")
+    flag("--block_size", type=number(int, 2), help="tokens of context")
+    flag("--bias", action=argparse.BooleanOptionalAction, default=True, help="as in GPT-2")
+    flag(
+        "--dropout", type=number(float, 0, 0.99), default=0.0, help="more where a long run overfits"
+    )
+    flag = parser.add_argument_group("optimizer").add_argument
+    flag("--optimizer", choices=("muon", "adamw"), default="adamw", help="adamw: nanoGPT's recipe")
+    flag("--learning_rate", type=number(float, 1e-9), help="the highest")
+    flag("--min_lr", type=number(float, 0), help="the last")
+    flag("--warmup_iters", type=number(int, 0), help="iterations of linear warm-up")
+    flag("--lr_decay_iters", type=number(int, 1), help="end of the cosine (default: max_iters)")
+    flag("--max_iters", type=number(int, 0), help="updates")
+    flag("--weight_decay", type=number(float, 0), default=0.1, help="of matrices and embeddings")
+    flag("--beta1", type=number(float, 0, 1), default=0.9, help="AdamW's")
+    flag("--beta2", type=number(float, 0, 1), default=0.95, help="AdamW's")
+    flag("--grad_clip", type=number(float, 0), default=1.0, help="largest gradient norm; 0: none")
+    flag("--skip_zscore", type=number(float, 0), default=6.0, help="skip loss spikes over; 0: none")
+    flag = parser.add_argument_group("logging").add_argument
+    flag("--eval_interval", type=number(int, 1), help="iterations between evaluations")
+    flag("--log_interval", type=number(int, 1), default=10, help="iterations between bar updates")
+    flag("--eval_only", action="store_true", help="evaluate, sample and leave")
+    flag("--hellaswag", type=Path, help="its jsonl file, to be scored at every evaluation")
+    flag("--keep", type=number(int, 0), default=0, help="checkpoints to keep beside last and best")
+    flag("--sample_only", action="store_true", help="sample from best.pt and leave")
+    flag("--prompt", default="\n", help="the samples' beginning; FILE:name reads it from a file")
+    flag("--max_new_tokens", type=number(int, 0), default=100, help="tokens in a sample")
+    flag("--num_samples", type=number(int, 1), default=1, help="samples, written at once")
+    flag("--temperature", type=number(float, 0), default=0.8, help="0: always the likeliest")
+    flag("--top_k", type=number(int, 0), default=200, help="of the k likeliest only; 0: of all")
+    flag("--stop", default="<|endoftext|>", help="text that ends a sample")
+    flag("--out_dir", type=Path, default=here / "out", help="everything the run writes")
+    flag = parser.add_argument_group("system").add_argument
+    flag("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: GPU if any")
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    flag("--dtype", default="auto", choices=dtypes, help="auto: fastest; float16 scales the loss")
+    flag("--compile", default="auto", choices=("auto", "on", "off"), help="auto: on a GPU")
+    flag("--parallel", default="ddp", choices=("ddp", "fsdp"), help="fsdp: for larger models")
+    flag("--peak_tflops", type=number(float, 0), default=0.0, help="device's, for mfu; 0: by name")
+    flag("--seed", type=number(int, 0), default=1337, help="same seed, same run")
+    args, _ = parser.parse_known_args(argv)
+    device = {"auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(args.device, args.device)
+    # A job that torchrun or Slurm restarts goes on; its first start has left a checkpoint.
+    again = [os.environ.get(f"{who}_RESTART_COUNT", "0") for who in ("TORCHELASTIC", "SLURM")]
+    if again != ["0", "0"] and (args.out_dir / "last.pt").is_file():
+        args.init_from = "resume"
+    defaults = SIZES[device] | RECIPES[device]
+    made = args.out_dir / "args.json"
+    if (args.sample_only or args.init_from == "resume") and made.is_file():
+        shape = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")
+        defaults |= {k: v for k, v in json.loads(made.read_text()).items() if k in shape}
+    parser.set_defaults(**defaults)
+    args = argparse.Namespace(**vars(parser.parse_args(argv)) | {"init_from": args.init_from})
+    args.device = device
+    args.cache_dir = args.cache_dir or args.data_dir / "cache" / args.dataset
+    args.lr_decay_iters = args.lr_decay_iters or max(1, args.max_iters)
+    if args.prompt.startswith("FILE:"):
+        try:
+            args.prompt = Path(args.prompt[5:]).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            parser.error(f"--prompt {args.prompt}: {error}")
+    if not args.prompt:
+        parser.error("--prompt is empty: <|endoftext|> starts a new document")
+    if args.n_embd % args.n_head:
+        parser.error(f"--n_embd {args.n_embd} is not divisible by --n_head {args.n_head}")
+    return args
+
+
+if __name__ == "__main__":
+    args = parse_args()
+    try:
+        if args.prepare:
+            prepare(args)
+        elif args.sample_only:
+            write_samples(args)
+        else:
+            show_error(train)(args, catch_signals())  # torchrun repeats what failed first
+    except KeyboardInterrupt:
+        fail("interrupted", exit_code=130)
+    except OSError as error:
+        fail(f"--out_dir {args.out_dir}: {error}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
