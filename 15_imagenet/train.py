@@ -739,7 +739,8 @@ def parse_args(argv=None):
     flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: GPU if any")
     flag("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: fastest")
     flag("--compile", action="store_true", help="pays in runs much longer than the default")
-    parser.set_defaults(**RECIPES[parser.parse_known_args(argv)[0].recipe])
+    args = parser.parse_known_args(argv)[0]
+    parser.set_defaults(**RECIPES[args.recipe])
     args = parser.parse_args(argv)
     args.cache_dir = args.cache_dir or args.data_dir / "cache"
     if args.device == "auto":

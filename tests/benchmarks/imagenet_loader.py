@@ -1,0 +1,111 @@
+"""Images a second and core: step 15's loader beside a PIL DataLoader, on full-size photographs.
+
+    python tests/benchmarks/bench_15_loader.py IMAGENET [--size 224] [--repeats 5]
+
+IMAGENET is a folder with train/ and val/. Both crop at random, resize and end with a batch that
+holds every image. The PIL one is what pytorch/examples' imagenet does: ImageFolder,
+RandomResizedCrop, flip, ToTensor, Normalize. One process, one thread; the two take turns.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from steps import load_step
+
+BATCH = 64
+
+
+def rate(loader, n):
+    """Return images a second over one pass, from the first request to the last batch."""
+    start = time.perf_counter()
+    seen = sum(len(x) for x, _ in loader)
+    assert seen == n
+    return n / (time.perf_counter() - start)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, metavar="IMAGENET")
+    parser.add_argument("--size", type=int, default=224, help="pixels a side of a crop")
+    parser.add_argument("--repeats", type=int, default=5)
+    own = parser.parse_args()
+    torch.set_num_threads(1)
+    step = load_step("15")
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    crop, flip = transforms.RandomResizedCrop(own.size), transforms.RandomHorizontalFlip()
+    change = [crop, flip, transforms.ToTensor(), transforms.Normalize(mean, std)]
+    pil = ImageFolder(own.folder / "train", transforms.Compose(change))
+    n = len(pil)
+    with tempfile.TemporaryDirectory() as cache:
+        sets, packing = {}, {}
+        for pack_size in (0, 256):
+            flags = ["--data_dir", own.folder, "--cache_dir", cache, "--pack_size", pack_size]
+            flags += ["--train_size", own.size, "--num_workers", 0]
+            args = step.parse_args([str(flag) for flag in flags])
+            start = time.perf_counter()
+            pack, rows, _ = step.pack_images(args, "train")
+            packing[pack_size] = len(rows) / (time.perf_counter() - start)
+            sets[pack_size] = step.Images(args, pack, rows)
+        items = [(i, key) for key, i in enumerate(np.random.default_rng(0).permutation(n).tolist())]
+        batches = [items[i : i + BATCH] for i in range(0, n, BATCH)]
+
+        def ours(pack_size, workers=0):
+            return DataLoader(sets[pack_size], batch_sampler=batches, num_workers=workers)
+
+        def theirs(workers=0):
+            return DataLoader(pil, batch_size=BATCH, shuffle=True, num_workers=workers)
+
+        def threads(n_threads):
+            with ThreadPool(n_threads) as pool:
+                start = time.perf_counter()
+                for batch in batches:
+                    torch.stack([x for x, _ in pool.map(sets[256].__getitem__, batch)])
+                return n / (time.perf_counter() - start)
+
+        ways = {
+            "PIL DataLoader": lambda: rate(theirs(), n),
+            "step 15, full size": lambda: rate(ours(0), n),
+            "step 15, packed at 256": lambda: rate(ours(256), n),
+            "packed, 2 threads": lambda: threads(2),
+            "packed, 2 processes": lambda: rate(ours(256, 2), n),
+        }
+        rates = {name: [] for name in ways}
+        for _ in range(own.repeats + 1):
+            for name, run in ways.items():
+                rates[name].append(run())
+    base = statistics.median(rates["PIL DataLoader"][1:])  # the first round warms up
+    print(f"{n} images at {own.size}, {own.repeats} rounds; packing at 256: {packing[256]:.0f}/s")
+    print(f"{'loader':24s} {'ratio':>6s} {'images/s':>9s} {'least':>7s} {'most':>7s}")
+    for name, values in rates.items():
+        middle = statistics.median(values[1:])
+        least, most = min(values[1:]), max(values[1:])
+        print(f"{name:24s} {middle / base:6.2f} {middle:9.0f} {least:7.0f} {most:7.0f}")
+    if torch.cuda.is_available():
+        from torchvision.io import decode_jpeg
+
+        raw = [torch.from_numpy(np.fromfile(path, np.uint8)) for path, _ in pil.samples]
+        decode_jpeg(raw[:BATCH], device="cuda")
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for i in range(0, n, BATCH):
+            decode_jpeg(raw[i : i + BATCH], device="cuda")
+        torch.cuda.synchronize()
+        print(
+            f"nvJPEG, lists of {BATCH}, full size, decoding alone: {n / (time.perf_counter() - start):.0f}/s"
+        )
+
+
+if __name__ == "__main__":
+    main()
