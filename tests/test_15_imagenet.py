@@ -407,3 +407,18 @@ def test_damaged_checkpoint_is_one_line_and_stays(step, tree, tmp_path, monkeypa
         last.write_bytes(damaged)
         assert str(last) in error_of(*place)
         assert last.read_bytes() == damaged
+
+
+# ---------- real data ----------
+
+
+@pytest.mark.data
+def test_tiny_imagenet_is_learned(step, real_data, tmp_path):
+    """Two small epochs of the sixteen: well above chance (5%), below what a whole run reaches."""
+    folder = real_data / "tiny-imagenet-20"
+    if not folder.is_dir():
+        pytest.skip("no tiny-imagenet-20")
+    flags = ["--recipe", "tiny", "--data_dir", folder, "--cache_dir", tmp_path, "--epochs", "2"]
+    flags += ["--train_size", "32", "--test_size", "40", "--out_dir", tmp_path / "out"]
+    final = step.train(step.parse_args([str(flag) for flag in flags]))
+    assert 0.15 < final["top1"] < 0.6 and final["data_share"] < 0.5
