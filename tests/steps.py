@@ -26,6 +26,11 @@ TINY = {
     "08_mnist_adam": "--max_iters 6 --eval_interval 3 --batch_size 32 --n_hidden 16",
     "09_mnist_convnet": "--max_iters 4 --eval_interval 2 --batch_size 32",
     "10_mnist_resnet": "--max_iters 4 --eval_interval 2 --batch_size 32 --n_channel 4",
+    "11_shakespeare_ffn": "--max_iters 6 --eval_interval 3 --batch_size 32 --n_embd 16",
+    "12_sampling": "--max_iters 6 --eval_interval 3 --batch_size 32 --n_embd 16"
+    " --max_new_tokens 10",
+    "13_transformer": "--max_iters 6 --eval_interval 3 --batch_size 4 --n_embd 16 --block_size 16"
+    " --eval_stride 16 --max_new_tokens 10",
     "14_resnet_gpu": "--max_iters 4 --eval_interval 2 --batch_size 32 --n_channel 4",
     "15_imagenet": "--recipe tiny --batch_size 8 --max_iters 4 --eval_interval 2 --num_workers 0"
     " --train_size 16 --test_size 16",

@@ -1,0 +1,107 @@
+"""What each measure of step 14 gains.
+
+    python tests/benchmarks/resnet_measures.py [--rounds 3]
+
+The same small residual network trains on the same digits; the measures are switched on one after
+the other. Images/s are medians over the rounds, which take the variants in turn. --data_dir needs
+MNIST, or stand-ins from tests/standins.py.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import optax
+import torch
+import torch.nn.functional as F
+from torch.utils.data import TensorDataset
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from steps import load_step
+
+step_10, step_14 = load_step("10"), load_step("14")
+MEASURES = [  # each line keeps what the lines above it switched on
+    ("step 10: float32, DataLoader, optax", {}),
+    ("data and augmentation on the device", {"on_device": True}),
+    ("fused SGD in place of the optax bridge", {"fused": True}),
+    ("channels last", {"channels_last": True}),
+    ("bfloat16", {"bfloat16": True}),
+    ("batches of 256", {"batch_size": 256}),
+    ("nothing waits for the device", {"no_sync": True}),
+    ("torch.compile (its own time not counted)", {"compile": True}),
+]
+
+
+def variant(bench, on):
+    """Return images/s of one variant: training iterations of bench.seconds, after a warm-up."""
+    size = on.get("batch_size", 128)
+    args = step_14.parse_args(["--batch_size", str(size), "--data_dir", str(bench.data_dir)])
+    args.dtype = "bfloat16" if on.get("bfloat16") else "float32"
+    device = torch.device(args.device if on.get("on_device") else "cpu")
+    torch.manual_seed(0)
+    model = step_14.ResNet(16, 1, 10).to(device)
+    if on.get("on_device"):
+        x, y = (tensor.to(device) for tensor in step_14.load_data(args)[0].tensors)
+        stats = (x / 255).mean(), (x / 255).std()
+        batches = step_14.minibatches(args, TensorDataset(x, y), stats)
+    else:
+        plain = step_10.minibatches(step_10.load_data(args)[0], size)
+        batches = ((step_10.augment(x, 2), y) for x, y in plain)
+    if on.get("channels_last"):
+        model = model.to(memory_format=torch.channels_last)
+    if on.get("fused"):
+        optimizer = step_14.make_optimizer(args, model)
+        optimizer.param_groups[0]["lr"] = 0.01
+    else:
+        optimizer = step_10.OptaxAdam(model.parameters(), optax.constant_schedule(1e-3))
+    network = torch.compile(model) if on.get("compile") else model
+
+    def iterate():
+        x, y = next(batches)
+        with step_14.autocast(args):
+            logits = network(x)
+        loss = F.cross_entropy(logits.float(), y)
+        if not on.get("no_sync"):
+            loss.item()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    for _ in range(5):
+        iterate()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    n_iters, begin = 0, time.perf_counter()
+    while time.perf_counter() - begin < bench.seconds:
+        for _ in range(16):
+            iterate()
+        n_iters += 16
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    return n_iters * size / (time.perf_counter() - begin)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3, help="repetitions; the median counts")
+    parser.add_argument("--seconds", type=float, default=3, help="of each measurement")
+    parser.add_argument("--compile", action="store_true", help="measure torch.compile, too")
+    parser.add_argument("--data_dir", type=Path, default=os.environ.get("DATA_DIR", "data"))
+    bench = parser.parse_args()
+    if torch.cuda.is_available():
+        sys.exit("optax shares memory on the CPU only: hide the GPU with CUDA_VISIBLE_DEVICES=")
+    measures = MEASURES if bench.compile else MEASURES[:-1]
+    speeds = {name: [] for name, _ in measures}
+    for _ in range(bench.rounds):
+        on = {}
+        for name, switch in measures:
+            on |= switch
+            speeds[name].append(variant(bench, on))
+    medians = [statistics.median(speeds[name]) for name, _ in measures]
+    print(f"{'measure':42s} {'gain':>6s} {'in all':>7s} {'images/s':>9s}")
+    for i, (name, _) in enumerate(measures):
+        gain, whole = medians[i] / medians[max(0, i - 1)], medians[i] / medians[0]
+        print(f"{name:42s} {gain:5.2f}x {whole:6.2f}x {medians[i]:9.0f}")

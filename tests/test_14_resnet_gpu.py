@@ -1,0 +1,202 @@
+"""Step 14: the data stay on the device, nothing waits, and the clock tells the truth."""
+
+import time
+
+import pytest
+import torch
+from steps import TINY, load_step, run_main
+from torch.utils.data import TensorDataset
+
+step = load_step("14")
+
+
+def args_for(*flags):
+    return step.parse_args([str(flag) for flag in flags])
+
+
+def run_flags(standins, out_dir, *more):
+    flags = [*TINY["14_resnet_gpu"].split(), "--data_dir", standins, "--out_dir", out_dir, *more]
+    return [str(flag) for flag in flags]
+
+
+def images(n, device="cpu"):
+    return torch.rand(n, 1, 28, 28, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_augmented_batch_stays_on_the_device(device):
+    x = images(4, device)
+    moved = step.augment(args_for(), x)
+    assert moved.device == x.device
+    assert moved.shape == x.shape
+
+
+def test_augmented_batch_stays_in_range_and_differs_from_image_to_image():
+    torch.manual_seed(0)
+    x = images(1).expand(64, -1, -1, -1)
+    moved = step.augment(args_for(), x)
+    assert moved.min() >= 0
+    assert moved.max() <= 1
+    assert not any(torch.equal(moved[0], other) for other in moved[1:])
+
+
+def test_augmentation_of_strength_zero_changes_nothing():
+    still = args_for("--shift", 0, "--rotate", 0, "--scale", 0, "--elastic", 0)
+    x = images(4)
+    torch.testing.assert_close(step.augment(still, x), x, rtol=0, atol=1e-5)
+
+
+def test_shift_is_in_pixels():
+    torch.manual_seed(0)
+    x = torch.zeros(256, 1, 28, 28)
+    x[:, :, 14, 14] = 1
+    moved = step.augment(args_for("--rotate", 0, "--scale", 0, "--elastic", 0, "--shift", 3), x)
+    rows = (moved.sum((1, 3)) * torch.arange(28)).sum(1) - 14  # the centre of mass
+    assert rows.abs().max() <= 3.001
+    assert rows.max() > 2.5
+    assert rows.min() < -2.5
+
+
+def test_an_epoch_shows_every_image_once_and_the_next_in_another_order():
+    still = "--shift 0 --rotate 0 --scale 0 --elastic 0 --batch_size 8".split()
+    x = torch.arange(43, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 28, 28)
+    stats = torch.tensor(0.0), torch.tensor(1 / 255)
+    batches = step.minibatches(args_for(*still), TensorDataset(x, torch.arange(43)), stats)
+    epochs = [[next(batches) for _ in range(5)] for _ in range(2)]
+    orders = [torch.cat([y for _, y in epoch]) for epoch in epochs]
+    for epoch, order in zip(epochs, orders):
+        assert len(order.unique()) == 40  # the incomplete sixth batch is skipped
+        pixels = torch.cat([x[:, 0, 14, 14] for x, _ in epoch])
+        torch.testing.assert_close(pixels, order.float(), rtol=0, atol=1e-2)
+    assert not torch.equal(*orders)
+
+
+def test_pixels_are_normalised_with_the_training_sets_statistics(standins, tmp_path, monkeypatch):
+    seen = []
+    evaluate = step.evaluate
+
+    def spy(args, model, dataset, stats, name):
+        x = step.normalise(dataset.tensors[0] / 255, stats)
+        seen.append((name, stats, x.mean().item(), x.std().item()))
+        return evaluate(args, model, dataset, stats, name)
+
+    monkeypatch.setattr(step, "evaluate", spy)
+    step.train(step.parse_args(run_flags(standins, tmp_path)))
+    train_set, _ = step.load_data(args_for("--data_dir", standins))
+    pixels = train_set.tensors[0] / 255
+    for _, (mean, std), _, _ in seen:
+        assert mean.item() == pytest.approx(pixels.mean().item(), rel=1e-5)
+        assert std.item() == pytest.approx(pixels.std().item(), rel=1e-5)
+    assert all(abs(mean) < 0.1 and abs(std - 1) < 0.1 for _, _, mean, std in seen)
+
+
+def test_bfloat16_and_float32_agree(standins, tmp_path):
+    finals = {}
+    for dtype in ("float32", "bfloat16"):
+        flags = run_flags(standins, tmp_path / dtype, "--dtype", dtype, "--learning_rate", 0.01)
+        finals[dtype] = step.train(step.parse_args(flags))
+    one, other = finals.values()
+    assert one["test_loss"] != other["test_loss"]  # or both ran in the same precision
+    assert one["test_loss"] == pytest.approx(other["test_loss"], rel=0.02)
+    assert one["train_loss"] == pytest.approx(other["train_loss"], rel=0.02)
+
+
+def test_nothing_in_the_loop_waits_for_the_device(standins, tmp_path, monkeypatch):
+    """Whatever reads a number from the device is as rare in a long run as in a short one."""
+    waits = []
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
+        real = getattr(torch.Tensor, name)
+
+        def counted(self, *args, real=real, **kwargs):
+            waits.append(real)
+            return real(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    counts = []
+    for max_iters in ("2", "12"):
+        more = ["--max_iters", max_iters, "--eval_interval", "100"]
+        step.train(step.parse_args(run_flags(standins, tmp_path, *more)))
+        counts.append(len(waits))
+        waits.clear()
+    assert 0 < counts[0] == counts[1]
+
+
+def test_clock_gives_each_part_its_time():
+    clock = step.Clock(torch.device("cpu"))
+    for _ in range(2):
+        time.sleep(0.02)
+        clock.mark("short")
+        time.sleep(0.06)
+        clock.mark("long")
+    first = clock.read()
+    assert 0.04 <= first["short"] < first["long"]
+    assert first["long"] >= 0.12
+    assert clock.read() == first
+    clock.mark("rest")
+    assert clock.read().keys() == {"short", "long", "rest"}
+
+
+def test_timing_table_adds_up_to_the_wall_time(standins, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(step, "plot_run", lambda out_dir: "no picture")
+    begin = time.perf_counter()
+    final = step.train(step.parse_args(run_flags(standins, tmp_path)))
+    wall = time.perf_counter() - begin
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    parts = ["start-up", "evaluation", *step.ITERATION, "all"]
+    table = {row[0]: float(row[1]) for row in rows if row and row[0] in parts}
+    assert sorted(table) == sorted(parts)
+    total = table.pop("all")
+    assert sum(table.values()) == pytest.approx(total, abs=0.05)
+    assert final["seconds"] == pytest.approx(total, abs=0.01)
+    assert final["seconds"] == pytest.approx(wall, rel=0.1, abs=0.1)
+
+
+def test_learning_rate_rises_and_falls_once():
+    args = args_for("--max_iters", 100, "--warmup_iters", 20, "--learning_rate", 0.3)
+    rates = [step.schedule(args, i) for i in range(101)]
+    top = rates.index(max(rates))
+    assert max(rates) == pytest.approx(0.3)
+    assert top in (19, 20)
+    assert rates[:top] == sorted(rates[:top])
+    assert rates[20:] == sorted(rates[20:], reverse=True)
+    assert rates[100] == pytest.approx(0, abs=1e-9)
+
+
+def test_optimizer_is_nesterov_momentum_with_decay():
+    p = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    layer = torch.nn.Module()
+    layer.p = p
+    optimizer = step.make_optimizer(args_for("--weight_decay", 0.1), layer)
+    expected, velocity = p.detach().clone(), torch.zeros(2)
+    for grad in ([1.0, 2.0], [-3.0, 0.5], [0.2, 0.2]):
+        optimizer.param_groups[0]["lr"] = 0.1
+        p.grad = torch.tensor(grad)
+        optimizer.step()
+        total = torch.tensor(grad) + 0.1 * expected
+        velocity = 0.9 * velocity + total
+        expected -= 0.1 * (total + 0.9 * velocity)
+    torch.testing.assert_close(p.detach(), expected)
+
+
+def test_compile_without_a_compiler_goes_on_and_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(step.shutil, "which", lambda name: None)
+    model = torch.nn.Linear(2, 2)
+    assert step.compile_model(args_for("--compile"), model) is model
+    assert "no C++ compiler" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_gpu_is_one_line(standins, tmp_path):
+    code, errors = run_main("14_resnet_gpu", *run_flags(standins, tmp_path / "o", "--device=cuda"))
+    assert code == 2
+    assert "--device cuda" in errors
+    assert len(errors.strip().splitlines()) == 1
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.data
+def test_short_run_on_real_mnist(real_data, tmp_path):
+    flags = "--max_iters 250 --n_channel 16 --rotate 0 --scale 0 --elastic 0 --eval_interval 250"
+    flags = [*flags.split(), "--data_dir", str(real_data), "--out_dir", str(tmp_path)]
+    final = step.train(step.parse_args(flags))
+    assert 0.982 < final["test_accuracy"] < 0.997
