@@ -1,14 +1,13 @@
 """Step 17: GPT-2 124M on OpenWebText, on one GPU or on many machines.
 
 Parent:  16_nanogpt_shakespeare
-New:     load_bpe, tokenise, prepare, check_ids, to_device, loss_fn, flops_per_token,
+New:     load_bpe, tokenise, prepare, check_ids, to_device, flops_per_token,
          read_safetensors, write_safetensors, turned, load_hf, make_model, export_hf,
          all_sum, hellaswag, whole, sharded_like, parallelise, average_gradients,
-         measure_speed, check_finite
-Changed: load_data, minibatches, CausalSelfAttention, MLP, Block, GPT, schedule, evaluate,
-         generate, encode, sample, save_checkpoint, load_checkpoint, setup_device,
-         autocast, start_run, train, write_samples, parse_args
-Gone:    download, print_times, log_sample, capture
+         measure_speed
+Changed: encode, load_data, minibatches, MLP, evaluate, sample, save_checkpoint,
+         load_checkpoint, setup_device, autocast, train, write_samples, parse_args
+Gone:    download
 
 torchrun starts one process a GPU. Each walks through its own part of the shuffled data, their
 gradients are averaged, and every number is the same as if one process had done it all. A run can
@@ -63,6 +62,13 @@ def load_bpe():
         return tiktoken.get_encoding("gpt2")
     except Exception:  # many kinds, one for every way a network can be absent
         return None
+
+
+def encode(args, text, flag):
+    """Return the tokens (N,) of the text that a flag gave."""
+    ids = np.array(load_bpe().encode(text, allowed_special="all"), dtype=np.int64)
+    check_ids(args, ids, flag)
+    return torch.from_numpy(ids)
 
 
 def tokenise(job):
@@ -198,97 +204,103 @@ def to_device(ids, device):
 
 
 # ---------- model ----------
-# B sequences, T tokens, C = n_embd, H heads of D = C / H, V tokens in the vocabulary
+
+
+# B batch, T tokens, C n_embd, H n_head, D = C / H, V vocab_size
 
 
 class CausalSelfAttention(nn.Module):
+    """Every position gathers from itself and the positions before it, (B, T, C) to (B, T, C)."""
+
     def __init__(self, args):
         super().__init__()
         self.n_head = args.n_head
+        self.sdpa = args.sdpa
         self.dropout = args.dropout
         self.c_attn = nn.Linear(args.n_embd, 3 * args.n_embd, bias=args.bias)
         self.c_proj = nn.Linear(args.n_embd, args.n_embd, bias=args.bias)
-        future = torch.ones(args.block_size, args.block_size, dtype=torch.bool).triu(1)
-        self.register_buffer("mask", torch.zeros(1).masked_fill(future, -math.inf), False)
 
     def forward(self, x, cache=None):
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
         if cache is not None:
             cache[:] = [torch.cat(pair, dim=2) for pair in zip(cache, (k, v))] if cache else [k, v]
-            k, v = cache  # (B, H, T so far, D)
-        dropout = self.dropout if self.training else 0.0
-        if x.is_cuda:
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
-        else:  # twice as fast here as the fused kernel, as long as the context is short
-            scores = q * q.shape[-1] ** -0.5 @ k.mT  # (B, H, T, T)
-            scores = scores + self.mask[:T, :T].to(scores.dtype) if T > 1 else scores
-            y = F.dropout(scores.softmax(-1), dropout) @ v
-        y = y.transpose(1, 2).reshape(B, T, C)  # (B, H, T, D) -> (B, T, C)
-        return F.dropout(self.c_proj(y), dropout)
+            k, v = cache  # (B, H, S, D), S positions so far
+        p = self.dropout if self.training else 0.0
+        if self.sdpa:
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=T > 1)
+        else:
+            scores = q @ k.mT / math.sqrt(C // self.n_head)  # (B, H, T, S)
+            hidden = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device)
+            hidden = hidden.triu(1 + k.shape[2] - T)  # what comes after the position
+            y = F.dropout(scores.masked_fill(hidden, -math.inf).softmax(dim=3), p) @ v
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
 
 
 class MLP(nn.Module):
+    """Every position works on what it gathered, (B, T, C) to (B, T, C)."""
+
     def __init__(self, args):
         super().__init__()
-        self.dropout = args.dropout
         self.c_fc = nn.Linear(args.n_embd, 4 * args.n_embd, bias=args.bias)
         self.c_proj = nn.Linear(4 * args.n_embd, args.n_embd, bias=args.bias)
 
-    def forward(self, x):
-        x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4C); the GELU of GPT-2's weights
-        return F.dropout(self.c_proj(x), self.dropout, self.training)  # (B, T, C)
+    def forward(self, x):  # GPT-2's GELU is the approximate one
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # (B, T, 4C) inside
 
 
 class Block(nn.Module):
+    """Two residual steps, each on normalised input: attention, then the MLP."""
+
     def __init__(self, args):
         super().__init__()
         self.ln_1 = nn.LayerNorm(args.n_embd, bias=args.bias)
         self.attn = CausalSelfAttention(args)
         self.ln_2 = nn.LayerNorm(args.n_embd, bias=args.bias)
         self.mlp = MLP(args)
+        self.dropout = nn.Dropout(args.dropout)
 
     def forward(self, x, cache=None):
-        x = x + self.attn(self.ln_1(x), cache)
-        return x + self.mlp(self.ln_2(x))
+        x = x + self.dropout(self.attn(self.ln_1(x), cache))
+        return x + self.dropout(self.mlp(self.ln_2(x)))
 
 
 class GPT(nn.Module):
-    """GPT-2 (Radford et al. 2019) with nanoGPT's initialisation; the head is the embedding."""
+    """Maps x (B, T) to the logits (B, T, V) of the character after each.
+
+    With a cache, a list for every block, x goes on from the characters before, S + T up to
+    block_size in all.
+    """
 
     def __init__(self, args, vocab_size):
         super().__init__()
-        self.dropout = args.dropout
         self.wte = nn.Embedding(vocab_size, args.n_embd)
         self.wpe = nn.Embedding(args.block_size, args.n_embd)
         self.h = nn.ModuleList(Block(args) for _ in range(args.n_layer))
         self.ln_f = nn.LayerNorm(args.n_embd, bias=args.bias)
+        self.lm_head = nn.Linear(args.n_embd, vocab_size, bias=False)
+        self.dropout = nn.Dropout(args.dropout)
+        self.lm_head.weight = self.wte.weight  # tied: one vector a character, to read and write it
         for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):  # the residual stream adds up 2 * n_layer of these
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * args.n_layer))
-            elif p.dim() == 2:
+            if p.ndim == 2:
                 nn.init.normal_(p, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
+            if name.endswith("c_proj.weight"):  # small: every block begins near the identity
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * args.n_layer))
 
     def forward(self, x, cache=None):
-        """Return the logits (B, T, V) of the characters after x (B, T); cache: one list a block."""
-        start = cache[0][0].shape[2] if cache and cache[0] else 0
-        x = self.wte(x) + self.wpe.weight[start : start + x.shape[1]]  # (B, T) -> (B, T, C)
-        x = F.dropout(x, self.dropout, self.training)
+        first = cache[0][0].shape[2] if cache and cache[0] else 0
+        x = self.dropout(self.wte(x) + self.wpe.weight[first : first + x.shape[1]])  # (B, T, C)
         for i, block in enumerate(self.h):
             x = block(x, cache[i] if cache else None)
-        return F.linear(self.ln_f(x), self.wte.weight)  # (B, T, C) -> (B, T, V)
+        return self.lm_head(self.ln_f(x))  # (B, T, V)
 
     def load_state_dict(self, weights):
-        """Take weights, also those of a longer context: its last positions are cropped."""
+        """Take weights, also a longer context's: its last positions are cropped."""
         positions = weights["wpe.weight"][: self.wpe.num_embeddings]
         return super().load_state_dict(weights | {"wpe.weight": positions})
-
-
-def loss_fn(logits, y, reduction="mean"):
-    """Return the cross-entropy in nats of logits (B, T, V) against y (B, T)."""
-    return F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction=reduction)
 
 
 def flops_per_token(args):
@@ -358,7 +370,8 @@ def load_hf(args):
     vars(args).update(sizes | {"bias": True})
     names = {name: name.removeprefix("transformer.") for name in tensors}
     skipped = (".attn.bias", ".attn.masked_bias", "lm_head.weight")
-    return {k: turned(k, tensors[n]) for n, k in names.items() if not k.endswith(skipped)}
+    weights = {k: turned(k, tensors[n]) for n, k in names.items() if not k.endswith(skipped)}
+    return weights | {"lm_head.weight": weights["wte.weight"]}
 
 
 def make_model(args):
@@ -385,11 +398,11 @@ def export_hf(args, weights):
     config |= {name: getattr(args, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
     config |= {"n_positions": args.block_size, "bos_token_id": 50256, "eos_token_id": 50256}
     (args.export_hf / "config.json").write_text(json.dumps(config, indent=2))
+    del weights["lm_head.weight"]  # tied to wte there, too
     tensors = {f"transformer.{k}": turned(k, tensor.cpu()) for k, tensor in weights.items()}
-    if not args.bias:  # the published layout has biases everywhere
-        for k, tensor in weights.items():
-            if not k.startswith(("wte", "wpe")):
-                tensors[f"transformer.{k.removesuffix('weight')}bias"] = torch.zeros(len(tensor))
+    for k, tensor in weights.items():
+        if not args.bias and not k.startswith(("wte", "wpe")):  # biases everywhere there
+            tensors[f"transformer.{k.removesuffix('weight')}bias"] = torch.zeros(len(tensor))
     write_safetensors(args.export_hf / "model.safetensors", tensors)
 
 
@@ -418,7 +431,8 @@ def schedule(args, iter_num):
     """Return the learning rate of an iteration: a linear warm-up, then half a cosine to min_lr."""
     if iter_num < args.warmup_iters:
         return args.learning_rate * (iter_num + 1) / (args.warmup_iters + 1)
-    done = (iter_num - args.warmup_iters) / max(1, args.lr_decay_iters - args.warmup_iters)
+    decay_iters = args.lr_decay_iters or args.max_iters
+    done = (iter_num - args.warmup_iters) / max(1, decay_iters - args.warmup_iters)
     wave = (1 + math.cos(math.pi * min(done, 1))) / 2
     return args.min_lr + (args.learning_rate - args.min_lr) * wave
 
@@ -477,8 +491,8 @@ def hellaswag(args, model, device):
             y[row, len(context) : len(context) + len(ending)] = ending
         x, y = x[:, :-1].clip(0)[:, -args.block_size :], y[:, 1:][:, -args.block_size :]
         with autocast(args):
-            logits = model(to_device(x, device))
-            losses = loss_fn(logits, to_device(y, device), reduction="none").view(y.shape)
+            logits = model(to_device(x, device)).float().mT  # (endings, V, T)
+        losses = F.cross_entropy(logits, to_device(y, device), reduction="none")
         losses = losses.sum(1).cpu().numpy() / (y >= 0).sum(1)
         n_right += int(i < len(questions) and losses.argmin() == question["label"])
     model.train()
@@ -487,58 +501,52 @@ def hellaswag(args, model, device):
 
 @torch.no_grad()
 def generate(args, model, ids, stop=(), use_cache=True):
-    """Return ids (B, T) and up to max_new_tokens more; it ends when every row has had stop.
+    """Return ids (B, N) and max_new_tokens more; fewer, once every row has had stop.
 
     Keys and values of earlier characters are cached. Positions are absolute, so a full block
     cannot slide: it starts anew from its last half, once in block_size / 2 characters.
     """
     model.eval()
-    generator = torch.Generator(ids.device).manual_seed(args.seed)
+    generator = torch.Generator(ids.device).manual_seed(args.seed)  # training has another one
     start, end, cache = max(0, ids.shape[1] - args.block_size), ids.shape[1], None
     for _ in range(args.max_new_tokens):
         if ids.shape[1] - start > args.block_size:
             start, cache = ids.shape[1] - (args.block_size + 1) // 2, None
-        fresh = ids[:, start:] if cache is None else ids[:, -1:]
+        new = ids[:, start:] if cache is None else ids[:, -1:]
         cache = cache or [[] for _ in model.h]
         with autocast(args):
-            logits = model(fresh, cache)[:, -1].float()  # (B, V)
+            logits = model(new, cache)[:, -1].float()  # (B, V)
         cache = cache if use_cache else None
         if args.top_k:
-            kth = logits.topk(min(args.top_k, logits.shape[1])).values[:, -1:]
+            kth = logits.topk(min(args.top_k, logits.shape[1])).values[:, -1:]  # (B, 1)
             logits[logits < kth] = -math.inf
         if args.temperature == 0:
-            new = logits.argmax(1, keepdim=True)  # (B, 1)
+            new = logits.argmax(dim=1, keepdim=True)  # (B, 1)
         else:
-            p = (logits / args.temperature).softmax(1)
-            new = torch.multinomial(p, 1, generator=generator)  # (B, 1)
-        ids = torch.cat((ids, new), dim=1)
+            p = (logits / args.temperature).softmax(dim=1)
+            new = torch.multinomial(p, 1, generator=generator)
+        ids = torch.cat([ids, new], dim=1)
         if len(stop) and ids.shape[1] >= end + len(stop):
-            windows = ids[:, end:].unfold(1, len(stop), 1)  # (B, ..., len(stop))
-            if (windows == stop.to(ids.device)).all(2).any(1).all():
+            parts = ids[:, end:].unfold(1, len(stop), 1)  # (B, places, len(stop))
+            if (parts == stop).all(dim=2).any(dim=1).all():
                 break
     model.train()
     return ids
 
 
-def encode(args, text, flag):
-    """Return the tokens (N,) of the text that a flag gave."""
-    ids = np.array(load_bpe().encode(text, allowed_special="all"), dtype=np.int64)
-    check_ids(args, ids, flag)
-    return torch.from_numpy(ids)
-
-
 def sample(args, model):
-    """Return --num_samples texts that go on from --prompt, each up to --stop."""
-    if load_bpe() is None:
+    """Return num_samples texts that begin with --prompt and that end with --stop, if it comes."""
+    bpe = load_bpe()
+    if bpe is None:
         return "(no sample: GPT-2's BPE needs a network once, or its cache in TIKTOKEN_CACHE_DIR)"
-    prompt = encode(args, args.prompt, "--prompt")
-    stop = encode(args, args.stop, "--stop")
-    start = prompt.to(args.device).repeat(args.num_samples, 1)
-    ids = generate(args, model, start, stop)
-    texts = [load_bpe().decode(row) for row in ids.tolist()]
-    n = len(load_bpe().decode(prompt.tolist()))
-    ends = [text.find(args.stop, n) if args.stop else -1 for text in texts]
-    texts = [text[: end + len(args.stop)] if end >= 0 else text for text, end in zip(texts, ends)]
+    prompt = encode(args, args.prompt, "--prompt").to(args.device)
+    stop = encode(args, args.stop, "--stop").to(args.device)
+    rows = generate(args, model, prompt.repeat(args.num_samples, 1), stop).tolist()
+    texts = [bpe.decode(row) for row in rows]
+    if args.stop:
+        for i, row in enumerate(rows):
+            written, found, _ = bpe.decode(row[len(prompt) :]).partition(args.stop)
+            texts[i] = args.prompt + written + found
     return "\n---------------\n".join(texts)
 
 
@@ -586,6 +594,9 @@ def save_checkpoint(args, paths, parts, state, device):
         except (OSError, RuntimeError) as error:
             beside.unlink(missing_ok=True)
             fail(f"{path} cannot be written, the one before is left as it was: {error}")
+    if args.rank == 0 and args.keep:
+        for path in sorted(args.out_dir.glob("iter_*.pt"))[: -args.keep]:
+            path.unlink()
 
 
 def read_checkpoint(path):
@@ -663,13 +674,11 @@ def setup_device(args):
             args.dtype = "float16"
     if args.parallel == "fsdp" and args.dtype == "float16":
         fail("--parallel fsdp does not scale the loss: --dtype bfloat16 or float32")
-    if args.compile == "auto":
-        args.compile = "on" if args.device == "cuda" else "off"
-    if args.compile == "on":
+    if args.compile:
         try:
             torch.compile(lambda x: x + 1)(torch.ones(1, device=device))
         except Exception as error:  # no C++ compiler, no triton, ...
-            args.compile = "off"
+            args.compile = False
             print(f"going on without torch.compile: {str(error).strip().splitlines()[0]}")
     unit = args.batch_size * args.block_size * args.world_size
     if args.total_batch_tokens % unit:
@@ -742,11 +751,11 @@ def measure_speed(args, tokens, seconds, device):
 
 
 def start_run(args, device, iter_num):
-    """Make out_dir and args.json; keep of metrics.jsonl what lies before iter_num."""
+    """Make out_dir and args.json; keep of metrics.jsonl what was so at iter_num."""
     args.out_dir.mkdir(parents=True, exist_ok=True)
     metrics = args.out_dir / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True) if iter_num and metrics.is_file() else []
-    metrics.write_text("".join(line for line in lines if json.loads(line)["iter"] < iter_num))
+    metrics.write_text("".join(line for line in lines if json.loads(line)["iter"] <= iter_num))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     made_by = {"python": platform.python_version(), "torch": torch.__version__, "made_on": name}
     (args.out_dir / "args.json").write_text(json.dumps(vars(args) | made_by, default=str))
@@ -759,59 +768,67 @@ def log_metrics(args, record):
     tqdm.write("  ".join(f"{key} {value:.5g}" for key, value in record.items()))
 
 
-def check_finite(loss, iter_num, args):
-    """Stop the run where the loss is no number any more; the last checkpoint stays."""
-    if not math.isfinite(loss):
-        fail(f"loss {loss} at iteration {iter_num}, --learning_rate {args.learning_rate}")
+def log_sample(args, record, text):
+    """Append a sample to samples.txt, under its iteration and loss, and print it."""
+    with open(
+        args.out_dir / "samples.txt", "a" if record["iter"] else "w", encoding="utf-8"
+    ) as file:
+        file.write(f"=== iter {record['iter']}, val_loss {record['val_loss']:.4f}\n{text}\n\n")
+    tqdm.write(f"{text}\n")
 
 
 def train(args, stop=None):
     """Run the whole step, until the event stop is set; return the last record of metrics.jsonl."""
-    start = time.perf_counter()
     device = setup_device(args)
+    start = time.perf_counter()
     torch.manual_seed(args.seed)
-    model, train_ids, val_ids = make_model(args), *load_data(args)
+    model = make_model(args)
+    train_ids, val_ids = load_data(args)
+    if load_bpe() is not None:
+        for flag in ("prompt", "stop"):
+            encode(args, getattr(args, flag), f"--{flag}")
+    elif args.hellaswag:
+        fail("--hellaswag needs GPT-2's BPE: a network once, or its cache in TIKTOKEN_CACHE_DIR")
     n_params = sum(p.numel() for p in model.parameters())
-    runner = parallelise(args, model, device)
+    forward = parallelise(args, model, device)
     optimizers = make_optimizers(args, model)
     scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "float16")
     parts = {"model": model, **optimizers, "scaler": scaler}
     last, best = args.out_dir / "last.pt", args.out_dir / "best.pt"
-    state = {"iter_num": 0, "val_loss": math.inf, "seconds": 0.0, "losses": []}
+    state = {"iter_num": 0, "seconds": 0.0, "losses": [], "val_loss": math.inf, "record": {}}
 
     def batch_loss(x, y, reduction="mean"):
-        return loss_fn(runner(x), y, reduction)
+        logits = forward(x).float()
+        return F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction=reduction)
 
-    if args.compile == "on":
-        batch_loss = torch.compile(batch_loss, dynamic=False)
-    torch.manual_seed(args.seed + args.rank)  # every process drops out its own
+    batch_loss = torch.compile(batch_loss, dynamic=False) if args.compile else batch_loss
+    torch.manual_seed(args.seed + args.rank)  # every process drops out its own units
     if args.init_from == "resume":
         state = load_checkpoint(args, last, parts)
+    first, record, losses = state["iter_num"], state["record"], state["losses"]
     start -= state["seconds"]
     accumulation = args.total_batch_tokens // (args.batch_size * args.block_size * args.world_size)
-    batches = minibatches(args, train_ids, state["iter_num"], device)
+    batches = minibatches(args, train_ids, first, device)
     x, y = next(batches)
-    losses = state["losses"]  # of the last hundred iterations
-    talks = args.rank == 0  # only one process prints and writes
+    talks = args.rank == 0  # one process prints and writes for all
     if talks:
-        start_run(args, device, state["iter_num"])
-        sharing = f"{accumulation} micro-batches x {args.world_size} processes"
+        start_run(args, device, first)
+        sharing = f"{accumulation} micro-batches in {args.world_size} processes"
         print(f"{n_params:,} parameters, {sharing}, {args.device}, {args.dtype}")
-    since, since_iter, speed, stopping = time.perf_counter(), state["iter_num"], {}, False
+    since, since_iter, speed, stopping = time.perf_counter(), first, {}, False
 
-    span = range(state["iter_num"], args.max_iters + 1)
-    disable = None if talks else True
-    for iter_num in (bar := tqdm(span, initial=span.start, total=args.max_iters, disable=disable)):
+    iters = range(first, args.max_iters + 1)
+    quiet = None if talks else True
+    for iter_num in (bar := tqdm(iters, total=iters.stop, initial=first, disable=quiet)):
         done = iter_num == args.max_iters or args.eval_only
+        evaluating = iter_num % args.eval_interval == 0 or done
+        state |= {"iter_num": iter_num, "seconds": time.perf_counter() - start}
         if stopping:
-            state |= {"iter_num": iter_num, "seconds": time.perf_counter() - start}
             save_checkpoint(args, [last], parts, state, device)
             if talks:
-                tqdm.write(
-                    f"stopped at iteration {iter_num}: --init_from resume goes on from there"
-                )
-            return {"iter": iter_num}
-        if iter_num % args.eval_interval == 0 or done:
+                print(f"stopped at iteration {iter_num}: --init_from resume goes on from there")
+            break
+        if evaluating and (iter_num != record.get("iter") or args.eval_only):
             record = {"iter": iter_num, "seconds": 0.0, "learning_rate": schedule(args, iter_num)}
             if losses:
                 record |= {"train_loss": sum(losses) / len(losses), **speed}
@@ -819,70 +836,62 @@ def train(args, stop=None):
             if args.hellaswag:
                 record["hellaswag"] = hellaswag(args, model, device)
             record["seconds"] = time.perf_counter() - start
-            check_finite(record["val_loss"], iter_num, args)
             text = sample(args, model)
             if talks:
                 log_metrics(args, record)
-                tqdm.write(text)
-                with open(args.out_dir / "samples.txt", "a", encoding="utf-8") as file:
-                    file.write(f"=== iteration {iter_num}\n{text}\n")
+                log_sample(args, record, text)
                 plot_run(args.out_dir)
-            if args.eval_only:
-                break
-            paths = [last] + [args.out_dir / f"iter_{iter_num:08d}.pt"] * (args.keep > 0)
-            if record["val_loss"] < state["val_loss"]:
-                state["val_loss"] = record["val_loss"]
-                paths.insert(0, best)
-            state |= {"iter_num": iter_num, "seconds": time.perf_counter() - start}
-            save_checkpoint(args, paths, parts, state, device)
-            old = (
-                sorted(args.out_dir.glob("iter_*.pt"))[: -args.keep] if args.keep and talks else []
-            )
-            for path in old:
-                path.unlink()
-            if done:
-                break
+            paths = [best] * (record["val_loss"] < state["val_loss"]) + [last]
+            paths += [args.out_dir / f"iter_{iter_num:08d}.pt"] * (args.keep > 0)
+            state["record"] = record
+            state["val_loss"] = min(record["val_loss"], state["val_loss"])
+            if not args.eval_only:
+                save_checkpoint(args, paths, parts, state, device)
             since, since_iter = time.perf_counter(), iter_num
+        if done:
+            break
 
         loss = torch.zeros((), device=device)
         for micro_step in range(accumulation):
-            average_gradients(runner, micro_step == accumulation - 1)
+            average_gradients(forward, micro_step == accumulation - 1)
             with autocast(args):
-                micro_loss = batch_loss(x, y) / accumulation
+                part = batch_loss(x, y) / accumulation
             x, y = next(batches)  # while the device is busy
-            scaler.scale(micro_loss).backward()
-            loss += micro_loss.detach()
+            scaler.scale(part).backward()
+            loss += part.detach()
         for optimizer in optimizers.values():
             scaler.unscale_(optimizer)
-            for group in optimizer.param_groups:
-                group["lr"] = schedule(args, iter_num)
-        norm = whole(nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf))
+        length = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
+        length = whole(length).item()
         asked = stop is not None and stop.is_set()
         loss, stopping = all_sum([loss.item() / args.world_size, asked], device)
-        check_finite(loss, iter_num, args)
+        if not math.isfinite(loss):
+            fail(f"loss {loss} at iteration {iter_num}, --learning_rate {args.learning_rate}")
+        if iter_num % args.log_interval == 0:
+            bar.set_postfix(loss=f"{loss:.4f}", **{k: f"{v:.4g}" for k, v in speed.items()})
+        learning_rate = schedule(args, iter_num)
         z = (loss - np.mean(losses)) / (np.std(losses) + 1e-9) if len(losses) == 100 else 0.0
-        if (z > args.skip_zscore > 0 or not norm.isfinite()) and talks:
+        skip = z > args.skip_zscore > 0 or not math.isfinite(length)
+        if skip and talks:
             tqdm.write(
-                f"update {iter_num} skipped: loss {loss:.4f} (z {z:.1f}), gradient {norm:.3g}"
+                f"update {iter_num} skipped: loss {loss:.4f}, z {z:.1f}, gradient {length:.3g}"
             )
-        elif not z > args.skip_zscore > 0 and norm.isfinite():
-            for optimizer in optimizers.values():
+        for optimizer in optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            if not skip:
                 scaler.step(optimizer)
+            optimizer.zero_grad()
         scaler.update()
-        for p in model.parameters():
-            p.grad = None
         losses[:] = [*losses[-99:], loss]
         tokens = (iter_num + 1 - since_iter) * args.total_batch_tokens
         speed = measure_speed(args, tokens, time.perf_counter() - since, device)
-        if iter_num % args.log_interval == 0:
-            mfu = f"{speed['mfu']:.1%}" if "mfu" in speed else "unknown"
-            rate = f"{speed['tokens_per_second']:,.0f}"
-            bar.set_postfix(loss=f"{loss:.4f}", tokens_per_second=rate, mfu=mfu)
 
     if args.export_hf:
         export_hf(args, whole(model.state_dict()))
     if talks:
-        print(f"val_loss {record['val_loss']:.4f} after {record['seconds']:.0f} s")
+        if record:
+            print(f"val_loss {record['val_loss']:.4f} after {record['seconds']:.0f} s")
         print(f"picture: {plot_run(args.out_dir)}")
     return record
 
@@ -890,10 +899,10 @@ def train(args, stop=None):
 def write_samples(args):
     """Print samples of the model in out_dir/best.pt, or of the one that --init_from names."""
     device = setup_device(args)
-    model = make_model(args)
+    model = make_model(args).to(device)
     if args.init_from in ("scratch", "resume"):
         load_checkpoint(args, args.out_dir / "best.pt", {"model": model})
-    print(sample(args, model.to(device)))
+    print(sample(args, model))
 
 
 # ---------- command line ----------
@@ -918,14 +927,14 @@ def number(kind, low, high=1e9):
     return convert
 
 
-# Defaults by --device: GPT-2 124M, or a toy that a CPU can train.
-SIZES = {"cpu": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 128, "batch_size": 16}}
-SIZES["cuda"] = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "batch_size": 32}
-RECIPES = {
-    "cpu": {"learning_rate": 2e-3, "min_lr": 2e-4, "warmup_iters": 50, "max_iters": 500}
-    | {"total_batch_tokens": 4096, "eval_interval": 50},
-    "cuda": {"learning_rate": 6e-4, "min_lr": 6e-5, "warmup_iters": 2000, "max_iters": 600_000}
-    | {"total_batch_tokens": 491_520, "eval_interval": 1000},
+# The defaults by the device: GPT-2 124M, or a toy that a CPU can train.
+DEFAULTS = {
+    "cpu": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 128, "batch_size": 16}
+    | {"learning_rate": 2e-3, "min_lr": 2e-4, "warmup_iters": 50, "max_iters": 500}
+    | {"total_batch_tokens": 4096, "eval_interval": 50, "compile": False},
+    "cuda": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "batch_size": 32}
+    | {"learning_rate": 6e-4, "min_lr": 6e-5, "warmup_iters": 2000, "max_iters": 600_000}
+    | {"total_batch_tokens": 491_520, "eval_interval": 1000, "compile": True},
 }
 
 
@@ -940,84 +949,86 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("data").add_argument
     data_dir = os.environ.get("DATA_DIR", here.parent / "data")
     flag("--data_dir", type=Path, default=data_dir, help="holds openwebtext/{train,val}.bin")
-    flag("--dataset", default="openwebtext", help="another folder's name in data_dir")
-    flag("--prepare", action="store_true", help="make train.bin and val.bin, and leave")
+    flag("--dataset", default="openwebtext", help="name of that folder")
+    flag("--prepare", action="store_true", help="make train.bin and val.bin and leave")
     flag("--corpus", type=Path, nargs="+", default=[], help="prepare these jsonl, txt or parquet")
     flag("--val_fraction", type=number(float, 0, 0.5), default=0.0005, help="of prepared tokens")
     flag("--num_proc", type=number(int, 1), default=os.cpu_count(), help="processes that prepare")
-    flag("--cache_dir", type=Path, help="prepared files (default: cache/DATASET in data_dir)")
-    flag("--batch_size", type=number(int, 1), help="sequences in a micro-batch of one process")
-    flag("--total_batch_tokens", type=number(int, 1), help="tokens of one update, all processes")
+    flag("--cache_dir", type=Path, help="what is prepared (default: cache/DATASET in data_dir)")
+    flag("--batch_size", type=number(int, 1), help="sequences in a process's micro-batch")
+    flag("--total_batch_tokens", type=number(int, 1), help="in an update, over all processes")
     flag = parser.add_argument_group("model").add_argument
-    names = "scratch, resume (last.pt), gpt2, gpt2-medium, gpt2-large, gpt2-xl or such a folder"
-    flag("--init_from", default="scratch", help=names)
-    flag("--export_hf", type=Path, help="write the final model into this folder for transformers")
-    flag("--vocab_size", type=number(int, 2, 65536), default=50257, help="tokens; GPT-2: 50257")
+    sources = "scratch, resume (out_dir/last.pt), gpt2, gpt2-medium, ... or a folder of one"
+    flag("--init_from", default="scratch", help=sources)
+    flag("--export_hf", type=Path, help="folder for the final model, as transformers reads it")
+    flag("--vocab_size", type=number(int, 2, 65536), default=50257, help="tokens in all")
+    flag("--block_size", type=number(int, 1), help="tokens that the model sees")
     flag("--n_layer", type=number(int, 1), help="blocks")
     flag("--n_head", type=number(int, 1), help="heads; divides n_embd")
-    flag("--n_embd", type=number(int, 1), help="width")
-    flag("--block_size", type=number(int, 2), help="tokens of context")
-    flag("--bias", action=argparse.BooleanOptionalAction, default=True, help="as in GPT-2")
-    flag(
-        "--dropout", type=number(float, 0, 0.99), default=0.0, help="more where a long run overfits"
-    )
+    flag("--n_embd", type=number(int, 1), help="length of a token's vector")
+    flag("--dropout", type=number(float, 0, 0.99), default=0.0, help="share of units dropped")
+    switch = argparse.BooleanOptionalAction
+    flag("--bias", action=switch, default=True, help="in linear layers and norms, as in GPT-2")
+    flag("--sdpa", action=switch, default=True, help="torch's attention, not the one written out")
     flag = parser.add_argument_group("optimizer").add_argument
     flag("--optimizer", choices=("muon", "adamw"), default="adamw", help="adamw: nanoGPT's recipe")
-    flag("--learning_rate", type=number(float, 1e-9), help="the highest")
-    flag("--min_lr", type=number(float, 0), help="the last")
-    flag("--warmup_iters", type=number(int, 0), help="iterations of linear warm-up")
-    flag("--lr_decay_iters", type=number(int, 1), help="end of the cosine (default: max_iters)")
-    flag("--max_iters", type=number(int, 0), help="updates")
-    flag("--weight_decay", type=number(float, 0), default=0.1, help="of matrices and embeddings")
-    flag("--beta1", type=number(float, 0, 1), default=0.9, help="AdamW's")
-    flag("--beta2", type=number(float, 0, 1), default=0.95, help="AdamW's")
-    flag("--grad_clip", type=number(float, 0), default=1.0, help="largest gradient norm; 0: none")
-    flag("--skip_zscore", type=number(float, 0), default=6.0, help="skip loss spikes over; 0: none")
+    flag("--learning_rate", type=number(float, 1e-9), help="at its highest")
+    flag("--min_lr", type=number(float, 0), help="at the end")
+    flag("--warmup_iters", type=number(int, 0), help="iterations of rising rate")
+    flag(
+        "--lr_decay_iters", type=number(int, 0), default=0, help="when min_lr comes; 0: at the end"
+    )
+    flag("--max_iters", type=number(int, 1), help="updates to train for")
+    flag("--weight_decay", type=number(float, 0), default=0.1, help="pull of matrices to 0")
+    flag("--beta1", type=number(float, 0, 1), default=0.9, help="AdamW's memory of gradients")
+    flag("--beta2", type=number(float, 0, 1), default=0.95, help="its memory of squared gradients")
+    flag("--grad_clip", type=number(float, 0), default=1.0, help="longest gradient; 0: any")
+    flag("--skip_zscore", type=number(float, 0), default=6.0, help="skip higher losses; 0: none")
+    flag = parser.add_argument_group("sampling").add_argument
+    flag("--prompt", default="\n", help="the samples' beginning, or FILE:name of a file with it")
+    flag("--stop", default="<|endoftext|>", help="the samples' end")
+    flag("--num_samples", type=number(int, 1), default=1, help="samples, written side by side")
+    flag("--max_new_tokens", type=number(int, 0), default=100, help="tokens in a sample")
+    flag("--temperature", type=number(float, 0), default=0.8, help="1: as guessed; 0: likeliest")
+    flag("--top_k", type=number(int, 0), default=200, help="of the k likeliest only; 0: of all")
+    flag("--sample_only", action="store_true", help="write samples of out_dir/best.pt and leave")
     flag = parser.add_argument_group("logging").add_argument
+    flag("--eval_only", action="store_true", help="evaluate, sample and leave")
     flag("--eval_interval", type=number(int, 1), help="iterations between evaluations")
     flag("--log_interval", type=number(int, 1), default=10, help="iterations between bar updates")
-    flag("--eval_only", action="store_true", help="evaluate, sample and leave")
-    flag("--hellaswag", type=Path, help="its jsonl file, to be scored at every evaluation")
-    flag("--keep", type=number(int, 0), default=0, help="checkpoints to keep beside last and best")
-    flag("--sample_only", action="store_true", help="sample from best.pt and leave")
-    flag("--prompt", default="\n", help="the samples' beginning; FILE:name reads it from a file")
-    flag("--max_new_tokens", type=number(int, 0), default=100, help="tokens in a sample")
-    flag("--num_samples", type=number(int, 1), default=1, help="samples, written at once")
-    flag("--temperature", type=number(float, 0), default=0.8, help="0: always the likeliest")
-    flag("--top_k", type=number(int, 0), default=200, help="of the k likeliest only; 0: of all")
-    flag("--stop", default="<|endoftext|>", help="text that ends a sample")
+    flag("--hellaswag", type=Path, help="its jsonl file, scored at every evaluation")
+    flag("--keep", type=number(int, 0), default=0, help="checkpoints beside the last and the best")
     flag("--out_dir", type=Path, default=here / "out", help="everything the run writes")
     flag = parser.add_argument_group("system").add_argument
-    flag("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: GPU if any")
-    dtypes = ("auto", "float32", "bfloat16", "float16")
-    flag("--dtype", default="auto", choices=dtypes, help="auto: fastest; float16 scales the loss")
-    flag("--compile", default="auto", choices=("auto", "on", "off"), help="auto: on a GPU")
-    flag("--parallel", default="ddp", choices=("ddp", "fsdp"), help="fsdp: for larger models")
-    flag("--peak_tflops", type=number(float, 0), default=0.0, help="device's, for mfu; 0: by name")
     flag("--seed", type=number(int, 0), default=1337, help="same seed, same run")
-    args, _ = parser.parse_known_args(argv)
-    device = {"auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(args.device, args.device)
-    # A job that torchrun or Slurm restarts goes on; its first start has left a checkpoint.
+    flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: GPU if any")
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    flag("--dtype", choices=dtypes, default="auto", help="auto: fastest; float16 scales the loss")
+    flag("--compile", action=switch, help="takes a while, then runs faster on a GPU")
+    flag("--parallel", choices=("ddp", "fsdp"), default="ddp", help="fsdp: for large models")
+    flag("--peak_tflops", type=number(float, 0), default=0.0, help="for mfu; 0: by the device")
+    args = parser.parse_known_args(argv)[0]
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.set_defaults(**DEFAULTS[args.device])
+    # A job that torchrun or Slurm restarts goes on; its own first start has left a checkpoint.
     again = [os.environ.get(f"{who}_RESTART_COUNT", "0") for who in ("TORCHELASTIC", "SLURM")]
     if again != ["0", "0"] and (args.out_dir / "last.pt").is_file():
         args.init_from = "resume"
-    defaults = SIZES[device] | RECIPES[device]
     made = args.out_dir / "args.json"
     if (args.sample_only or args.init_from == "resume") and made.is_file():
-        shape = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")
-        defaults |= {k: v for k, v in json.loads(made.read_text()).items() if k in shape}
-    parser.set_defaults(**defaults)
-    args = argparse.Namespace(**vars(parser.parse_args(argv)) | {"init_from": args.init_from})
-    args.device = device
+        sizes = ("block_size", "n_layer", "n_head", "n_embd", "bias", "vocab_size")
+        parser.set_defaults(**{k: v for k, v in json.loads(made.read_text()).items() if k in sizes})
+    settled = {"device": args.device, "init_from": args.init_from}
+    args = argparse.Namespace(**vars(parser.parse_args(argv)) | settled)
     args.cache_dir = args.cache_dir or args.data_dir / "cache" / args.dataset
-    args.lr_decay_iters = args.lr_decay_iters or max(1, args.max_iters)
     if args.prompt.startswith("FILE:"):
         try:
             args.prompt = Path(args.prompt[5:]).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             parser.error(f"--prompt {args.prompt}: {error}")
     if not args.prompt:
-        parser.error("--prompt is empty: <|endoftext|> starts a new document")
+        parser.error("--prompt is empty: the model goes on from at least one token")
     if args.n_embd % args.n_head:
         parser.error(f"--n_embd {args.n_embd} is not divisible by --n_head {args.n_head}")
     return args

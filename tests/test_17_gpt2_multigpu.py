@@ -1,0 +1,632 @@
+"""Step 17: data that any number of processes share, exact resume, and Hugging Face's weights."""
+
+import errno
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+import torch
+import torch.nn.functional as F
+from steps import ROOT, load_step, run_main
+
+STEP = "17_gpt2_multigpu"
+step = load_step(STEP)
+SMALL = (
+    "--vocab_size 300 --n_layer 2 --n_head 2 --n_embd 16 --block_size 16 --batch_size 2"
+    " --total_batch_tokens 128 --max_iters 6 --eval_interval 3 --warmup_iters 2 --max_new_tokens 0"
+    " --device cpu --dtype float32 --log_interval 1 --learning_rate 1e-2"
+).split()
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory):
+    """A data folder whose openwebtext/ holds 4,000 and 500 tokens of a small vocabulary."""
+    folder = tmp_path_factory.mktemp("tokens")
+    (folder / "openwebtext").mkdir()
+    rng = np.random.default_rng(0)
+    for name, n in (("train", 4000), ("val", 500)):
+        ids = np.cumsum(rng.integers(1, 4, size=n)) % 300
+        ids.astype(np.uint16).tofile(folder / "openwebtext" / f"{name}.bin")
+    return folder
+
+
+@pytest.fixture
+def bytes_as_bpe(monkeypatch):
+    """Instead of GPT-2's encoding, which needs a network: bytes, and 256 that ends a text."""
+    bpe = tiktoken.Encoding(
+        name="bytes",
+        pat_str=r"[\s\S]",
+        mergeable_ranks={bytes([i]): i for i in range(256)},
+        special_tokens={"<|endoftext|>": 256},
+    )
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: bpe)
+    step.load_bpe.cache_clear()
+    yield bpe
+    step.load_bpe.cache_clear()
+
+
+def parse(*flags):
+    args = step.parse_args([*SMALL, *map(str, flags)])
+    args.rank, args.world_size = 0, 1
+    return args
+
+
+def run(data, out_dir, *flags):
+    return step.train(parse("--data_dir", data, "--out_dir", out_dir, *flags))
+
+
+def command(data, out_dir, *flags, processes=1, restarts=0):
+    """Return the command line of a run, under torchrun if there is more than one process."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    torchrun += [f"--max-restarts={restarts}"]
+    script = [str(ROOT / STEP / "train.py"), *SMALL, "--data_dir", str(data)]
+    script += ["--out_dir", str(out_dir), *map(str, flags)]
+    return [sys.executable, *(torchrun if processes > 1 or restarts else []), *script]
+
+
+def spawn(*args, check=True, **kwargs):
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        command(*args, **kwargs), env=env, capture_output=True, text=True, timeout=240
+    )
+    assert result.returncode == 0 or not check, result.stderr
+    return result
+
+
+def records(out_dir):
+    return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def checkpoint(out_dir, name="last.pt"):
+    found = torch.load(out_dir / name, weights_only=True)
+    for times in (found["state"], found["state"]["record"]):
+        for key in ("seconds", "tokens_per_second", "memory_gib"):
+            times.pop(key, None)
+    return found
+
+
+def assert_equal(a, b):
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_equal(x, y)
+    else:
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def losses_of(out_dir):
+    return [[r.get("train_loss", 0), r["val_loss"]] for r in records(out_dir)]
+
+
+# ---------- data ----------
+
+
+def blocks_seen(n, world_size, n_tokens=1000, start=0, **sizes):
+    """Return the first tokens of the next n sequences of a run on the tokens 0, 1, 2, ..."""
+    args = parse("--total_batch_tokens", 16 * 2 * world_size, "--vocab_size", 65536)
+    vars(args).update(sizes)
+    args.world_size, loaders = world_size, []
+    for args.rank in range(world_size):
+        mine = type(args)(**vars(args))
+        tokens = np.arange(n_tokens, dtype=np.uint16)
+        loaders.append(step.minibatches(mine, tokens, start, torch.device("cpu")))
+    seen = []
+    while len(seen) < n:
+        for loader in loaders:
+            x, y = next(loader)
+            assert torch.equal(y, x + 1)
+            assert torch.equal(x, x[:, :1] + torch.arange(16))
+            seen += x[:, 0].tolist()
+    return seen[:n]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_no_block_comes_twice_in_an_epoch(world_size):
+    n_blocks = 1000 // 16 - 1
+    seen = blocks_seen(5 * n_blocks, world_size)
+    epochs = [seen[i * n_blocks : (i + 1) * n_blocks] for i in range(5)]
+    for epoch in epochs:
+        assert len(set(epoch)) == n_blocks
+        assert len({first % 16 for first in epoch}) == 1
+        assert max(epoch) + 16 < 1000
+    assert len({tuple(epoch) for epoch in epochs}) == 5
+    assert len({epoch[0] % 16 for epoch in epochs}) > 1  # the borders shift
+
+
+def test_the_data_do_not_depend_on_the_number_of_processes():
+    assert blocks_seen(150, 1) == blocks_seen(150, 2) == blocks_seen(150, 3)
+
+
+def test_the_place_in_the_data_is_the_iteration():
+    assert blocks_seen(200, 2)[4 * 30 :] == blocks_seen(80, 2, start=30)
+
+
+def test_another_seed_another_order():
+    assert blocks_seen(50, 1) != blocks_seen(50, 1, seed=1)
+
+
+def test_nanogpts_files_are_read_as_they_are(small_data):
+    train, val = step.load_data(parse("--data_dir", small_data))
+    assert (len(train), len(val)) == (4000, 500)
+    expected = np.fromfile(small_data / "openwebtext" / "val.bin", dtype=np.uint16)
+    assert np.array_equal(val, expected)
+
+
+def prepare(tmp_path, *flags):
+    args = parse("--data_dir", tmp_path, "--cache_dir", tmp_path / "made", "--num_proc", 2, *flags)
+    step.prepare(args)
+    return [np.fromfile(tmp_path / "made" / f"{n}.bin", dtype=np.uint16) for n in ("train", "val")]
+
+
+def write_corpus(tmp_path, kind="jsonl", n=60):
+    texts = [f"document {i} says {i * i}." for i in range(n)]
+    path = tmp_path / f"corpus.{kind}"
+    if kind == "txt":
+        path.write_text("\n".join(texts))
+        return ["\n".join(texts)], path
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    else:
+        import datasets
+
+        datasets.Dataset.from_dict({"text": texts}).to_parquet(path)
+    return texts, path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "txt", "parquet"])
+def test_prepare_keeps_every_document_once(kind, tmp_path, bytes_as_bpe):
+    texts, path = write_corpus(tmp_path, kind)
+    train, val = prepare(tmp_path, "--corpus", path, "--val_fraction", 0.1)
+    tokens = np.concatenate([train, val])
+    found = bytes_as_bpe.decode(tokens.tolist()).split("<|endoftext|>")
+    assert found.pop() == ""
+    assert sorted(found) == sorted(texts)
+    assert len(val) == len(tokens) // 10
+    if kind == "jsonl":
+        assert found != texts
+        again = np.concatenate(prepare(tmp_path, "--corpus", path, "--val_fraction", 0.2))
+        assert np.array_equal(tokens, again)
+        other = np.concatenate(prepare(tmp_path, "--corpus", path, "--seed", 1))
+        assert not np.array_equal(tokens, other)
+
+
+def test_prepare_goes_on_where_it_was(tmp_path, bytes_as_bpe, monkeypatch):
+    _, path = write_corpus(tmp_path, n=25_000)
+    prepare(tmp_path, "--corpus", path)
+    whole = (tmp_path / "made/train.bin").read_bytes()
+    (tmp_path / "made/train.bin").unlink()
+
+    def fall(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(np, "memmap", fall)  # killed when the parts are there
+        prepare(tmp_path, "--corpus", path)
+    parts = sorted((tmp_path / "made").glob("parts-*/*.bin"))
+    assert len(parts) == 3
+    parts[0].unlink()
+    times = [part.stat().st_mtime_ns for part in parts[1:]]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(np, "memmap", fall)
+        prepare(tmp_path, "--corpus", path)
+    assert times == [part.stat().st_mtime_ns for part in parts[1:]]
+    prepare(tmp_path, "--corpus", path)
+    assert (tmp_path / "made/train.bin").read_bytes() == whole
+
+
+def test_prepared_text_is_trained_on(tmp_path, bytes_as_bpe):
+    _, path = write_corpus(tmp_path, n=300)
+    prepare(tmp_path, "--corpus", path, "--val_fraction", 0.1)
+    flags = ["--cache_dir", tmp_path / "made", "--max_iters", 40, "--eval_interval", 20]
+    run(tmp_path, tmp_path / "out", *flags, "--max_new_tokens", 5, "--prompt", "document")
+    val = [r["val_loss"] for r in records(tmp_path / "out")]
+    assert val[0] == pytest.approx(math.log(300), rel=0.02)
+    assert val[2] < val[1] < val[0] - 1
+    assert (tmp_path / "out/samples.txt").read_text().count("document") == 3
+
+
+# ---------- model ----------
+
+
+def test_gpt2_has_its_124439808_parameters():
+    with torch.device("meta"):
+        sizes = "--n_layer 12 --n_head 12 --n_embd 768 --block_size 1024".split()
+        model = step.GPT(step.parse_args(sizes), 50257)
+    assert sum(p.numel() for p in model.parameters()) == 124_439_808
+
+
+def other_weights(model):
+    """Make all weights large and different, so that mistakes show."""
+    torch.manual_seed(0)
+    for p in model.parameters():
+        p.data += 0.2 * torch.randn_like(p)
+    return model.eval()
+
+
+def test_weights_from_hugging_face_give_the_same_logits(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"n_layer": 3, "n_head": 4, "n_embd": 32, "n_positions": 24, "vocab_size": 99}
+    theirs = other_weights(transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)))
+    theirs.save_pretrained(tmp_path)
+    args = parse("--init_from", tmp_path, "--block_size", 24)
+    mine = step.make_model(args).eval()
+    x = torch.randint(99, (2, 24))
+    assert torch.allclose(mine(x), theirs(x).logits, atol=1e-4)
+    assert (args.n_layer, args.n_embd, args.vocab_size) == (3, 32, 99)
+    args = parse("--init_from", tmp_path, "--block_size", 10)  # cropped
+    assert torch.allclose(
+        step.make_model(args).eval()(x[:, :10]), theirs(x[:, :10]).logits, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("bias", ["--bias", "--no-bias"])
+def test_exported_weights_give_transformers_the_same_logits(bias, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    args = parse(bias, "--export_hf", tmp_path / "hf")
+    mine = other_weights(step.make_model(args))
+    step.export_hf(args, mine.state_dict())
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()
+    x = torch.randint(300, (2, 16))
+    assert torch.allclose(mine(x), theirs(x).logits, atol=1e-4)
+    again = step.make_model(parse("--init_from", tmp_path / "hf"))
+    assert torch.equal(mine(x), again.eval()(x))
+
+
+def test_safetensors_read_ours_and_we_read_theirs(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    tensors = {"a": torch.randn(3, 5), "b.c": torch.randn(7), "d": torch.randn(2, 2, 2)}
+    step.write_safetensors(tmp_path / "mine", tensors)
+    assert_equal(safetensors.load_file(tmp_path / "mine"), tensors)
+    half = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    safetensors.save_file(half, tmp_path / "theirs", metadata={"format": "pt"})
+    assert_equal(
+        step.read_safetensors(tmp_path / "theirs"), {k: v.float() for k, v in half.items()}
+    )
+
+
+def test_a_run_exports_and_the_export_scores_the_same(small_data, tmp_path):
+    final = run(small_data, tmp_path / "a", "--export_hf", tmp_path / "hf")
+    flags = ["--init_from", tmp_path / "hf", "--eval_only"]
+    assert run(small_data, tmp_path / "b", *flags)["val_loss"] == pytest.approx(final["val_loss"])
+
+
+# ---------- evaluation ----------
+
+
+@pytest.mark.parametrize("n", [17, 33, 40, 100])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_evaluation_counts_every_token_once(n, batch_size):
+    args = parse("--batch_size", batch_size)
+    model = other_weights(step.make_model(args))
+    ids = np.random.default_rng(0).integers(300, size=n).astype(np.uint16)
+
+    def batch_loss(x, y, reduction):
+        return F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction=reduction)
+
+    losses = []
+    for i in range(n - 1):
+        x = torch.from_numpy(ids[None, i // 16 * 16 : i + 1].astype(np.int64))
+        losses.append(F.cross_entropy(model(x)[0, -1], torch.tensor(int(ids[i + 1]))).item())
+    found = step.evaluate(args, model, ids, batch_loss, torch.device("cpu"))
+    assert found == pytest.approx(sum(losses) / (n - 1), rel=1e-5)
+
+
+def test_hellaswag_prefers_the_likelier_ending(tmp_path, bytes_as_bpe):
+    args = parse("--block_size", 64, "--hellaswag", tmp_path / "h.jsonl")
+
+    class Successor(torch.nn.Module):
+        """Expects every byte to be followed by the next one."""
+
+        def forward(self, x):
+            return 9.0 * F.one_hot((x + 1) % 300, 300)
+
+    right = {"ctx": "abc", "endings": ["cde", "xxxxxx", " !#", "zz"], "label": 2}
+    wrong = {"ctx": "abc", "endings": ["ddd", "d", "qq", " !\"#$%&'"], "label": 0}
+    lines = [json.dumps(question) + "\n" for question in (right, wrong, right, wrong)]
+    args.hellaswag.write_text("".join(lines))
+    assert step.hellaswag(args, Successor(), torch.device("cpu")) == 0.5
+
+
+def test_sampling_does_not_disturb_training(small_data, tmp_path, bytes_as_bpe):
+    a = run(small_data, tmp_path / "a", "--dropout", 0.2)
+    b = run(small_data, tmp_path / "b", "--dropout", 0.2, "--max_new_tokens", 9)
+    assert a["val_loss"] == b["val_loss"]
+
+
+def test_operations_of_a_token():
+    sizes = "--n_layer 12 --n_head 12 --n_embd 768 --block_size 1024".split()
+    per_token = step.flops_per_token(step.parse_args(sizes))
+    assert per_token == pytest.approx(6 * 124e6 + 12 * 12 * 768 * 1024, rel=0.01)
+
+
+def test_mfu_is_the_share_of_the_peak_and_else_unknown(small_data, tmp_path):
+    args = parse("--peak_tflops", 0.5)
+    speed = step.measure_speed(args, 3000, 2.0, torch.device("cpu"))
+    assert speed["tokens_per_second"] == 1500
+    assert speed["mfu"] == pytest.approx(1500 * step.flops_per_token(args) / 0.5e12)
+    assert "mfu" not in step.measure_speed(parse(), 3000, 2.0, torch.device("cpu"))
+
+
+# ---------- training ----------
+
+
+def test_accumulation_changes_nothing(small_data, tmp_path):
+    run(small_data, tmp_path / "a", "--batch_size", 8)
+    run(small_data, tmp_path / "b", "--batch_size", 1)
+    assert np.allclose(losses_of(tmp_path / "a"), losses_of(tmp_path / "b"), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "flags", [("--optimizer", "adamw"), ("--parallel", "fsdp", "--optimizer", "muon")]
+)
+def test_two_processes_are_one_with_twice_the_accumulation(flags, small_data, tmp_path):
+    run(small_data, tmp_path / "one", *flags[-2:])
+    result = spawn(small_data, tmp_path / "two", *flags, processes=2)
+    assert np.allclose(losses_of(tmp_path / "one"), losses_of(tmp_path / "two"), atol=1e-5)
+    assert result.stdout.count("iter 6") == 1  # one of them speaks
+    one, two = (checkpoint(tmp_path / name) for name in ("one", "two"))
+    assert len(two["rng"]) == 2
+    for name in one["model"]:
+        assert torch.allclose(one["model"][name], two["model"][name], atol=1e-4)
+    # What two sharded processes wrote, one reads.
+    again = ["--init_from", "resume", "--max_iters", 7, *flags[-2:]]
+    assert run(small_data, tmp_path / "two", *again)["iter"] == 7
+
+
+def kill(data, out_dir, which, *flags, processes=2, restarts=0):
+    """SIGKILL one or all processes of a run after its first checkpoints; exit code, output."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    line = command(data, out_dir, *flags, processes=processes, restarts=restarts)
+    job = subprocess.Popen(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.time() + 120
+    log = out_dir / "metrics.jsonl"
+    while not (log.exists() and log.read_text().count("\n") > 2) and time.time() < deadline:
+        time.sleep(0.02)
+    workers = [job.pid]
+    if processes > 1 or restarts:
+        stats = [path.read_text().rsplit(")", 1) for path in Path("/proc").glob("[0-9]*/stat")]
+        workers = [int(a.split()[0]) for a, b in stats if int(b.split()[1]) == job.pid]
+    for worker in workers if which == "all" else workers[-1:]:
+        os.kill(worker, signal.SIGKILL)
+    output = job.communicate(timeout=240)[0].decode()
+    return job.returncode, output
+
+
+LONG = ["--max_iters", 40, "--eval_interval", 4, "--dropout", 0.2, "--optimizer", "muon"]
+
+
+@pytest.fixture(scope="session")
+def unbroken(small_data, tmp_path_factory):
+    """The checkpoints of runs that nothing happened to, by the number of processes."""
+    found = {}
+    for n in (1, 2):
+        folder = tmp_path_factory.mktemp(f"unbroken{n}")
+        spawn(small_data, folder, *LONG, processes=n)
+        found[n] = checkpoint(folder)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the processes in /proc")
+@pytest.mark.parametrize(("processes", "which"), [(1, "all"), (2, "one"), (2, "all")])
+def test_killed_and_resumed_is_bit_identical(processes, which, small_data, tmp_path, unbroken):
+    code, output = kill(small_data, tmp_path, which, *LONG, processes=processes)
+    assert code != 0
+    assert processes == 1 or "SIGKILL" in output  # the job ends and says why
+    assert checkpoint(tmp_path)["state"]["iter_num"] < 40
+    spawn(small_data, tmp_path, *LONG, "--init_from", "resume", processes=processes)
+    assert_equal(checkpoint(tmp_path), unbroken[processes])
+    assert [r["iter"] for r in records(tmp_path)] == list(range(0, 41, 4))
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the processes in /proc")
+def test_torchrun_restarts_it_unattended(small_data, tmp_path, unbroken):
+    code, output = kill(small_data, tmp_path, "one", *LONG, processes=2, restarts=1)
+    assert code == 0, output
+    assert_equal(checkpoint(tmp_path), unbroken[2])
+
+
+class Stop:
+    """An event that is set after a few questions."""
+
+    def __init__(self, after):
+        self.left = after
+
+    def is_set(self):
+        self.left -= 1
+        return self.left < 0
+
+
+def test_a_signal_saves_and_resume_goes_on(small_data, tmp_path):
+    flags = ["--dropout", 0.2, "--data_dir", small_data, "--out_dir"]
+    step.train(parse(*flags, tmp_path / "a"), Stop(after=3))
+    assert checkpoint(tmp_path / "a")["state"]["iter_num"] == 4
+    step.train(parse(*flags, tmp_path / "a", "--init_from", "resume"))
+    step.train(parse(*flags, tmp_path / "b"))
+    assert_equal(checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b"))
+
+
+def test_a_spike_is_skipped(small_data, tmp_path, capsys, monkeypatch):
+    normal, count = step.all_sum, iter(range(10**6))
+
+    def spike(values, device):  # iteration 105 reports an absurd loss
+        total = normal(values, device)
+        return [total[0] + 1000 * (len(total) == 2 and next(count) == 105), *total[1:]]
+
+    monkeypatch.setattr(step, "all_sum", spike)
+    flags = ["--max_iters", 107, "--eval_interval", 1, "--optimizer", "adamw"]
+    run(small_data, tmp_path, *flags, "--keep", 4)
+    assert capsys.readouterr().out.count("skipped") == 1
+    names = [f"iter_{i:08d}.pt" for i in (104, 105, 106, 107)]
+    assert sorted(path.name for path in tmp_path.glob("iter_*")) == names
+    models = [checkpoint(tmp_path, name)["model"]["wte.weight"] for name in names]
+    assert not torch.equal(models[0], models[1])
+    assert torch.equal(models[1], models[2])
+    assert not torch.equal(models[2], models[3])
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(small_data, tmp_path, monkeypatch):
+    normal, count = step.all_sum, iter(range(10**6))
+
+    def nan(values, device):
+        total = normal(values, device)
+        return [math.nan if len(total) == 2 and next(count) == 4 else total[0], *total[1:]]
+
+    monkeypatch.setattr(step, "all_sum", nan)
+    with pytest.raises(SystemExit):
+        run(small_data, tmp_path)
+    found = checkpoint(tmp_path)
+    assert found["state"]["iter_num"] == 3
+    assert all(tensor.isfinite().all() for tensor in found["model"].values())
+
+
+def test_float16_scales_the_loss(small_data, tmp_path):
+    a = run(small_data, tmp_path / "a", "--dtype", "float16")
+    b = run(small_data, tmp_path / "b", "--dtype", "bfloat16")
+    c = run(small_data, tmp_path / "c", "--dtype", "float32")
+    assert checkpoint(tmp_path / "a")["scaler"]["scale"] > 1
+    assert a["val_loss"] == pytest.approx(c["val_loss"], rel=0.01)
+    assert b["val_loss"] == pytest.approx(c["val_loss"], rel=0.01)
+
+
+def test_without_a_compiler_it_says_so_and_goes_on(small_data, tmp_path, monkeypatch, capsys):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    assert run(small_data, tmp_path, "--compile")["iter"] == 6
+    assert "no C++ compiler" in capsys.readouterr().out
+
+
+def test_best_is_the_best(small_data, tmp_path):
+    run(small_data, tmp_path, "--max_iters", 30)
+    best = min(r["val_loss"] for r in records(tmp_path))
+    assert checkpoint(tmp_path, "best.pt")["state"]["val_loss"] == best
+
+
+def test_resume_with_a_cropped_block(small_data, tmp_path):
+    run(small_data, tmp_path)
+    long = checkpoint(tmp_path)["model"]["wpe.weight"]
+    flags = ["--init_from", "resume", "--block_size", 8]
+    args = parse("--data_dir", small_data, "--out_dir", tmp_path, *flags)
+    step.train(args)
+    assert run(small_data, tmp_path, *flags, "--max_iters", 8)["iter"] == 8
+    assert long.shape == (16, 16)
+
+
+# ---------- bad input ----------
+
+
+def assert_one_line(result, *words):
+    code, errors = result
+    lines = [line for line in errors.splitlines() if line.strip() and "it/s]" not in line]
+    assert code == 2, errors
+    assert len(lines) == 1, errors
+    for word in words:
+        assert str(word) in lines[0]
+
+
+def bad(data, out_dir, *flags):
+    return run_main(STEP, *SMALL, "--data_dir", data, "--out_dir", out_dir, *flags)
+
+
+def test_without_data_it_says_what_preparing_would_cost(tmp_path):
+    result = bad(tmp_path, tmp_path / "out")
+    assert_one_line(result, "--prepare", "25 GB", "--corpus", "tests/standins.py")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--total_batch_tokens", "100"], ["--total_batch_tokens 100", "96 is"]),
+        (["--n_head", "3"], ["--n_head 3"]),
+        (["--vocab_size", "200"], ["--vocab_size 200", "train.bin"]),
+        (["--block_size", "320"], ["--block_size"]),
+        (["--init_from", "resume"], ["last.pt"]),
+        (["--init_from", "/nowhere"], ["--init_from /nowhere"]),
+        (["--prompt", ""], ["--prompt"]),
+        (["--prepare", "--corpus", "/nowhere.jsonl"], ["--corpus"]),
+        *([(["--device", "cuda"], ["--device cuda"])] if not torch.cuda.is_available() else []),
+    ],
+)
+def test_bad_flags(flags, words, small_data, tmp_path, bytes_as_bpe):
+    assert_one_line(bad(small_data, tmp_path / "out", *flags), *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_block_longer_than_the_weights_positions(small_data, tmp_path):
+    args = parse("--export_hf", tmp_path / "hf")
+    step.export_hf(args, step.make_model(args).state_dict())
+    result = bad(small_data, tmp_path, "--init_from", tmp_path / "hf", "--block_size", 32)
+    assert_one_line(result, "--block_size 32", "16")
+    whole = (tmp_path / "hf/model.safetensors").read_bytes()
+    (tmp_path / "hf/model.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert_one_line(bad(small_data, tmp_path, "--init_from", tmp_path / "hf"), tmp_path / "hf")
+
+
+def test_a_corrupt_shard(small_data, tmp_path):
+    (tmp_path / "openwebtext").mkdir()
+    for name in ("train", "val"):
+        content = (small_data / "openwebtext" / f"{name}.bin").read_bytes()
+        (tmp_path / "openwebtext" / f"{name}.bin").write_bytes(content)
+    path = tmp_path / "openwebtext" / "train.bin"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    assert_one_line(bad(tmp_path, tmp_path / "out"), path, "damaged")
+    path.write_bytes(whole[:-100])  # even, but shorter than --prepare wrote
+    (path.parent / "meta.json").write_text(json.dumps({"train": 4000, "val": 500}))
+    assert_one_line(bad(tmp_path, tmp_path / "out"), path, "damaged")
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(small_data, tmp_path, monkeypatch):
+    run(small_data, tmp_path)
+    before = (tmp_path / "last.pt").read_bytes()
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    flags = ["--init_from", "resume", "--max_iters", 9]
+    assert_one_line(bad(small_data, tmp_path, *flags), "last.pt", "No space left")
+    assert (tmp_path / "last.pt").read_bytes() == before
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_damaged_checkpoints(small_data, tmp_path):
+    run(small_data, tmp_path)
+    flags = ["--init_from", "resume"]
+    assert_one_line(bad(small_data, tmp_path, *flags, "--n_embd", 32), "last.pt", "shape")
+    whole = (tmp_path / "last.pt").read_bytes()
+    for damaged in (whole[: len(whole) // 2], b""):
+        (tmp_path / "last.pt").write_bytes(damaged)
+        assert_one_line(bad(small_data, tmp_path, *flags), "last.pt", "whole")
+
+
+@pytest.mark.data
+def test_real_text_is_prepared_and_learned(real_data, tmp_path):
+    step.load_bpe.cache_clear()
+    corpus = real_data / "openwebtext" / "webtext-sample.jsonl"
+    if step.load_bpe() is None or not corpus.is_file():
+        pytest.skip("needs GPT-2's BPE and openwebtext/webtext-sample.jsonl")
+    flags = ["--data_dir", tmp_path, "--corpus", corpus, "--val_fraction", 0.1, "--device", "cpu"]
+    sizes = step.prepare(step.parse_args(list(map(str, [*flags, "--prepare"]))))
+    assert sizes["documents"] == 4723
+    assert sizes["train"] + sizes["val"] == pytest.approx(302_272, abs=10)
+    flags += ["--out_dir", tmp_path / "out", "--max_iters", 60, "--eval_interval", 30]
+    step.train(step.parse_args(list(map(str, flags))))
+    losses = [r["val_loss"] for r in records(tmp_path / "out")]
+    assert losses[0] == pytest.approx(math.log(50257), rel=0.02)
+    assert 5.0 < losses[2] < losses[1] < 8.5
