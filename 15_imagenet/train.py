@@ -125,7 +125,13 @@ def pack_images(args, split):
         os.truncate(index, rows.nbytes)
         todo = images[len(rows) :]
         shrink_it = partial(shrink, size=args.pack_size)
-        jpegs = DataLoader(todo, None, num_workers=args.num_workers, collate_fn=shrink_it)
+        jpegs = DataLoader(
+            todo,
+            batch_size=None,
+            num_workers=args.num_workers,
+            collate_fn=shrink_it,
+            worker_init_fn=leave_group,
+        )
         bar = tqdm(jpegs, f"packing {split}", len(images), initial=len(rows), disable=None)
         with open(pack, "ab") as pack_file, open(index, "ab") as index_file:
             for jpeg, (path, label) in zip(bar, todo):
@@ -546,7 +552,7 @@ def train(args, stop=None):
     torch.manual_seed(args.seed)  # after load_data: a loader that packs draws a random number, too
     stats = image_stats(device)
     per_epoch = len(train_set.rows) // args.batch_size
-    args.max_iters = args.max_iters or round(args.epochs * per_epoch)
+    args.max_iters = args.max_iters or max(1, round(args.epochs * per_epoch))
     args.warmup_iters = min(round(args.warmup_epochs * per_epoch), args.max_iters // 2)
     args.eval_interval = args.eval_interval or per_epoch
     model = ResNet(args.depth, len(names), args.small_stem)
