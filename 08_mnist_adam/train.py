@@ -253,10 +253,10 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("model").add_argument
     flag("--n_layer", type=number(int, 0), default=2, help="hidden layers")
     flag("--n_hidden", type=number(int, 1), default=800, help="units in a hidden layer")
-    flag("--dropout", type=number(float, 0, 0.99), default=0.4, help="share of units dropped")
+    flag("--dropout", type=number(float, 0, 0.99), default=0.3, help="share of units dropped")
     flag = parser.add_argument_group("optimizer").add_argument
     flag("--learning_rate", type=number(float, 1e-9), default=1e-3, help="Adam's, at the start")
-    flag("--max_iters", type=number(int, 1), default=6500, help="minibatches to train on")
+    flag("--max_iters", type=number(int, 1), default=7000, help="minibatches to train on")
     flag = parser.add_argument_group("logging").add_argument
     flag("--eval_interval", type=number(int, 1), default=500, help="iterations between evaluations")
     flag("--log_interval", type=number(int, 1), default=10, help="iterations between bar updates")
