@@ -1,0 +1,58 @@
+"""What does step 08's optax bridge cost? One update beside torch.optim.Adam's, on the same MLP.
+
+python tests/benchmarks/optax_update.py [--repeats 9]
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from steps import load_step
+
+
+def milliseconds(step, n=20):
+    """Return the time of one call, averaged over n."""
+    start = time.perf_counter()
+    for _ in range(n):
+        step()
+    return 1000 * (time.perf_counter() - start) / n
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=9, help="the median of so many is shown")
+    repeats = parser.parse_args().repeats
+    step_08 = load_step("08")
+    args = step_08.parse_args([])
+    optimizers = {}
+    for name in ("optax", "torch", "torch, fused"):
+        model = step_08.MLP(28 * 28, args.n_hidden, args.n_layer, 10, args.dropout)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        if name == "optax":
+            optimizers[name] = step_08.OptaxAdam(model.parameters(), lambda count: 1e-3)
+        else:
+            fused = name.endswith("fused")
+            optimizers[name] = torch.optim.Adam(model.parameters(), lr=1e-3, fused=fused)
+    times = {name: [] for name in optimizers}
+    for optimizer in optimizers.values():
+        milliseconds(optimizer.step)  # warm up
+    for _ in range(repeats):
+        for name, optimizer in optimizers.items():
+            times[name].append(milliseconds(optimizer.step))
+    ours = statistics.median(times["optax"])
+    n_params = sum(p.numel() for p in model.parameters())
+    print(f"{n_params:,} parameters, {torch.get_num_threads()} threads")
+    print(f"{'optimizer':14}{'ratio':>8}{'ms / update':>14}")
+    for name, values in times.items():
+        median = statistics.median(values)
+        print(f"{name:14}{median / ours:>8.2f}{median:>14.2f}")
+
+
+if __name__ == "__main__":
+    main()
