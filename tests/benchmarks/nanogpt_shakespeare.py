@@ -7,7 +7,7 @@ checkpoint is scored as step 16 scores itself: over the whole validation text, e
 train    the default run beside nanoGPT's README recipe (on a CPU its CPU recipe)
 quarter  the default recipe, cut to --quarter_iters iterations, beside the same nanoGPT run
 adamw    --optimizer adamw beside the same nanoGPT run
-sample   ten samples of 500 characters from each one's model (run after train)
+sample   ten samples of 500 characters from each one's model (after one of the others)
 """
 
 import argparse
@@ -137,7 +137,7 @@ def compare_training(args, title, folder, *flags):
 def compare_sampling(folder, device):
     """Print the characters per second of nanoGPT's sample.py and of step 16's generate."""
     rates = {"nanoGPT": [], "step 16": []}
-    sys.path[:0] = [str(folder / "nanogpt"), str(STEP.parent)]
+    sys.path[:0] = [str(STEP.parent), str(folder / "nanogpt")]  # both have a train.py
     import train as step
     from model import GPT, GPTConfig
 
@@ -171,7 +171,7 @@ def main():
     parser.add_argument("--data_dir", type=Path, default=os.environ.get("DATA_DIR", "data"))
     parser.add_argument("--parts", nargs="+", default=["train", "quarter", "adamw", "sample"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1337, 1, 2])
-    parser.add_argument("--quarter_iters", type=int, default=300)
+    parser.add_argument("--quarter_iters", type=int, default=250)
     parser.add_argument(
         "--nanogpt_result",
         type=float,
@@ -193,10 +193,10 @@ def main():
         if "quarter" in args.parts:
             n = str(args.quarter_iters)
             compare_training(args, f"default, {n} iterations", folder, "--max_iters", n)
-        if "train" in args.parts:
-            compare_training(args, "default", folder)
         if "sample" in args.parts:
             compare_sampling(folder, args.device)
+        if "train" in args.parts:
+            compare_training(args, "default", folder)
 
 
 if __name__ == "__main__":
