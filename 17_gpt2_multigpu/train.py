@@ -542,6 +542,7 @@ def sample(args, model):
     prompt = encode(args, args.prompt, "--prompt").to(args.device)
     stop = encode(args, args.stop, "--stop").to(args.device)
     rows = generate(args, model, prompt.repeat(args.num_samples, 1), stop).tolist()
+    rows = [[i for i in row if i < bpe.n_vocab] for row in rows]  # --vocab_size may be padded
     texts = [bpe.decode(row) for row in rows]
     if args.stop:
         for i, row in enumerate(rows):

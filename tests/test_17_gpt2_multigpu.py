@@ -333,8 +333,8 @@ def test_hellaswag_prefers_the_likelier_ending(tmp_path, bytes_as_bpe):
         def forward(self, x):
             return 9.0 * F.one_hot((x + 1) % 300, 300)
 
-    right = {"ctx": "abc", "endings": ["cde", "xxxxxx", " !#", "zz"], "label": 2}
-    wrong = {"ctx": "abc", "endings": ["ddd", "d", "qq", " !\"#$%&'"], "label": 0}
+    right = {"ctx": "abc", "endings": ["cde", "xxxxxx", '!"#', "zz"], "label": 2}
+    wrong = {"ctx": "abc", "endings": ["ddd", "d", "qq", '!"#$%&'], "label": 0}
     lines = [json.dumps(question) + "\n" for question in (right, wrong, right, wrong)]
     args.hellaswag.write_text("".join(lines))
     assert step.hellaswag(args, Successor(), torch.device("cpu")) == 0.5
@@ -468,7 +468,7 @@ def test_a_spike_is_skipped(small_data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(step, "all_sum", spike)
     flags = ["--max_iters", 107, "--eval_interval", 1, "--optimizer", "adamw"]
     run(small_data, tmp_path, *flags, "--keep", 4)
-    assert capsys.readouterr().out.count("skipped") == 1
+    assert capsys.readouterr().out.count("update 105 skipped") == 1
     names = [f"iter_{i:08d}.pt" for i in (104, 105, 106, 107)]
     assert sorted(path.name for path in tmp_path.glob("iter_*")) == names
     models = [checkpoint(tmp_path, name)["model"]["wte.weight"] for name in names]
@@ -600,7 +600,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(small_data, tmp_path, monkeypatch
 
     monkeypatch.setattr(os, "fsync", full)
     flags = ["--init_from", "resume", "--max_iters", 9]
-    assert_one_line(bad(small_data, tmp_path, *flags), "last.pt", "No space left")
+    assert_one_line(bad(small_data, tmp_path, *flags), ".pt cannot be written", "No space left")
     assert (tmp_path / "last.pt").read_bytes() == before
     assert not list(tmp_path.glob("*.tmp"))
 
