@@ -171,7 +171,7 @@ def main():
     parser.add_argument("--data_dir", type=Path, default=os.environ.get("DATA_DIR", "data"))
     parser.add_argument("--parts", nargs="+", default=["train", "quarter", "adamw", "sample"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1337, 1, 2])
-    parser.add_argument("--quarter_iters", type=int, default=250)
+    parser.add_argument("--quarter_iters", type=int, default=300)
     parser.add_argument(
         "--nanogpt_result",
         type=float,
