@@ -11,7 +11,7 @@ Gone:    download
 
 torchrun starts one process a GPU. Each walks through its own part of the shuffled data, their
 gradients are averaged, and every number is the same as if one process had done it all. A run can
-be killed at any moment: --init_from resume, or torchrun --max-restarts, goes on bit for bit.
+be killed at any moment: --init_from resume goes on bit for bit.
 
 Try:     --prepare --corpus FILE.jsonl (your own text), then a run that learns it
          --init_from gpt2 --eval_only (what do OpenAI's weights score on this text?)
