@@ -119,9 +119,13 @@ def prepare(args):
     order = np.random.default_rng(args.seed).permutation(len(documents))
     starts = range(0, len(order), 10_000)
     jobs = [(documents, order[i : i + 10_000], parts / f"{i:09d}.bin") for i in starts]
-    with multiprocessing.Pool(args.num_proc) as pool, tqdm(total=len(order), unit="doc") as bar:
-        for done in pool.imap_unordered(tokenise, jobs):
+    n_proc = min(args.num_proc, len(jobs))
+    pool = multiprocessing.get_context("spawn").Pool(n_proc) if n_proc > 1 else None
+    with tqdm(total=len(order), unit="doc") as bar:
+        for done in pool.imap_unordered(tokenise, jobs) if pool else map(tokenise, jobs):
             bar.update(done)
+    if pool:
+        pool.close()
     pieces = [np.memmap(path, np.uint16, "r") for *_, path in jobs]
     n_tokens = sum(map(len, pieces))
     n_train = n_tokens - int(n_tokens * args.val_fraction)
