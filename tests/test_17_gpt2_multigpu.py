@@ -166,7 +166,7 @@ def test_nanogpts_files_are_read_as_they_are(small_data):
 
 
 def prepare(tmp_path, *flags):
-    args = parse("--data_dir", tmp_path, "--cache_dir", tmp_path / "made", "--num_proc", 2, *flags)
+    args = parse("--data_dir", tmp_path, "--cache_dir", tmp_path / "made", "--num_proc", 1, *flags)
     step.prepare(args)
     return [np.fromfile(tmp_path / "made" / f"{n}.bin", dtype=np.uint16) for n in ("train", "val")]
 
