@@ -394,4 +394,4 @@ def test_texts_that_cannot_be_used(content, tmp_path):
 def test_real_text_is_learned(real_data, tmp_path):
     flags = ["--device", "cpu", "--data_dir", str(real_data), "--out_dir", str(tmp_path)]
     final = step.train(step.parse_args([*flags, "--max_iters", "150", "--eval_interval", "150"]))
-    assert 1.8 < final["val_loss"] < 2.4
+    assert 1.7 < final["val_loss"] < 2.7
