@@ -77,13 +77,13 @@ def load_step(step):
     return module
 
 
-def run_main(step, *flags):
+def run_main(step, *flags, script="train.py"):
     """Run a step as `python train.py FLAGS` does, in this process: (exit code, stderr)."""
     errors, argv = io.StringIO(), sys.argv
-    sys.argv = ["train.py", *map(str, flags)]
+    sys.argv = [script, *map(str, flags)]
     with plot_of(ROOT / step), contextlib.redirect_stderr(errors):
         try:
-            runpy.run_path(str(ROOT / step / "train.py"), run_name="__main__")
+            runpy.run_path(str(ROOT / step / script), run_name="__main__")
             code = 0
         except SystemExit as end:
             code = end.code

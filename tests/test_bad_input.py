@@ -3,12 +3,10 @@
 import math
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
-from steps import ROOT, STEPS, load_step, run_main, source, tiny_flags
+from steps import STEPS, load_step, run_main, source, tiny_flags
 
 NUMBER = re.compile(r'flag\(\s*"--(\w+)",\s*type=number\((int|float), ([-+.\de]+)')
 BAD_NUMBERS = [
@@ -143,7 +141,6 @@ def test_interrupt_leaves_with_130(step, standins, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("step", STEPS)
 def test_plot_of_a_missing_run(step, tmp_path):
-    command = [sys.executable, str(ROOT / step / "plot.py"), str(tmp_path / "none")]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2
-    assert_one_line(result.stderr, tmp_path / "none")
+    code, errors = run_main(step, tmp_path / "none", script="plot.py")
+    assert code == 2
+    assert_one_line(errors, tmp_path / "none")

@@ -1,5 +1,6 @@
 """Every step runs: in process on a tiny configuration, and alone, from an empty folder."""
 
+import functools
 import json
 import shutil
 
@@ -17,11 +18,21 @@ def without_times(record):
     return {key: value for key, value in record.items() if key not in TIMES and "_ms" not in key}
 
 
+@pytest.fixture(scope="module")
+def tiny_run(standins, tmp_path_factory):
+    """A function from a step to the final metrics and the out_dir of one tiny run."""
+
+    @functools.cache
+    def run(step):
+        module, out_dir = load_step(step), tmp_path_factory.mktemp(step) / "new" / "out"
+        return module.train(module.parse_args(tiny_flags(step, standins, out_dir))), out_dir
+
+    return run
+
+
 @pytest.mark.parametrize("step", STEPS)
-def test_tiny_run_leaves_what_it_should(step, standins, tmp_path):
-    module = load_step(step)
-    out_dir = tmp_path / "new" / "out"
-    final = module.train(module.parse_args(tiny_flags(step, standins, out_dir)))
+def test_tiny_run_leaves_what_it_should(step, tiny_run):
+    final, out_dir = tiny_run(step)
     logged = records(out_dir)
     assert final == logged[-1]
     assert {"iter", "seconds"} <= final.keys()
@@ -32,15 +43,14 @@ def test_tiny_run_leaves_what_it_should(step, standins, tmp_path):
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_same_seed_same_metrics(step, standins, tmp_path):
-    module = load_step(step)
-    runs = []
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        flags = [*tiny_flags(step, standins, tmp_path / name), "--seed", str(seed)]
+def test_same_seed_same_metrics(step, tiny_run, standins, tmp_path):
+    module, out_dirs = load_step(step), [tiny_run(step)[1], tmp_path / "same", tmp_path / "other"]
+    for out_dir, seed in zip(out_dirs[1:], ("1337", "1")):
+        flags = [*tiny_flags(step, standins, out_dir), "--seed", seed]
         module.train(module.parse_args(flags))
-        runs.append([without_times(record) for record in records(tmp_path / name)])
-    assert runs[0] == runs[1]
-    assert runs[0] != runs[2]
+    first, same, other = ([without_times(r) for r in records(folder)] for folder in out_dirs)
+    assert first == same
+    assert first != other
 
 
 @pytest.mark.parametrize("step", STEPS)

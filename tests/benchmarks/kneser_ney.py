@@ -16,6 +16,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+from table import row
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -93,10 +94,10 @@ if __name__ == "__main__":
         value = perplexity(train, test, vocab_size, order)
         rows.append((f"Kneser-Ney, order {order}", value, time.perf_counter() - start))
     best = min(value for _, value, _ in rows)
-    for run in sorted(
-        ROOT.glob("1[123]_*/out/metrics.jsonl")
-    ):  # finished runs, where there are any
+    for run in sorted(ROOT.glob("1[123]_*/out/metrics.jsonl")):  # finished runs, if there are any
         last = json.loads(run.read_text().splitlines()[-1])
         rows.append((run.parts[-3], math.exp(last["test_loss"]), last["seconds"]))
     for name, value, seconds in rows:
         print(f"{name:28s}  {value / best:24.3f}  {value:10.2f}  {seconds:7.1f}")
+    for name, value, _ in rows[args.max_order :] or rows[-1:]:
+        row(f"test perplexity: {name}, the best n-gram", value, best)
