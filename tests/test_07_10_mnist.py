@@ -1,5 +1,6 @@
 """Steps 07 to 10: honest measurement on MNIST, Adam, convolution, residual blocks."""
 
+import json
 import struct
 
 import numpy as np
@@ -144,6 +145,15 @@ def test_08_arrays_are_shared_without_a_copy():
         assert array.unsafe_buffer_pointer() == p.data_ptr()
 
 
+@pytest.mark.parametrize("step", MNIST_STEPS[1:], ids=name)
+def test_the_rate_falls_along_a_cosine_to_zero(step, standins, tmp_path):
+    flags = "--max_iters 4 --eval_interval 2 --batch_size 8 --learning_rate 0.01 --data_dir".split()
+    step.train(step.parse_args([*flags, str(standins), "--out_dir", str(tmp_path)]))
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rates = [record["learning_rate"] for record in records]
+    assert rates == pytest.approx([0.01, 0.005, 0], abs=1e-8)
+
+
 def test_08_zero_grad_forgets_the_gradient():
     (params,), set_grads = copies(1)
     set_grads()
@@ -171,6 +181,15 @@ def test_09_has_fewer_parameters_than_the_mlp():
     args = step_08.parse_args([])
     mlp = step_08.MLP(28 * 28, args.n_hidden, args.n_layer, 10, args.dropout)
     assert count(step_09.ConvNet(10, 0)) < count(mlp) / 4
+
+
+@pytest.mark.parametrize("step", [step_09, step_10], ids=name)
+def test_every_minibatch_is_augmented_and_no_evaluation(step, standins, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(step, "augment", lambda x, shift: seen.append((len(x), shift)) or x)
+    flags = "--max_iters 3 --eval_interval 1 --batch_size 8 --shift 1 --data_dir".split()
+    step.train(step.parse_args([*flags, str(standins), "--out_dir", str(tmp_path)]))
+    assert seen == 3 * [(8, 1)]
 
 
 @pytest.mark.parametrize("step", [step_09, step_10], ids=name)
