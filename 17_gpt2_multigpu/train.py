@@ -4,14 +4,14 @@ Parent:  16_nanogpt_shakespeare
 New:     load_bpe, tokenise, prepare, check_ids, to_device, flops_per_token,
          read_safetensors, write_safetensors, turned, load_hf, make_model, export_hf,
          all_sum, hellaswag, whole, sharded_like, parallelise, average_gradients,
-         measure_speed
+         join_processes, measure_speed
 Changed: encode, load_data, minibatches, MLP, evaluate, sample, save_checkpoint,
          load_checkpoint, setup_device, autocast, train, write_samples, parse_args
 Gone:    download
 
 torchrun starts one process a GPU. Each walks through its own part of the shuffled data, their
 gradients are averaged, and every number is the same as if one process had done it all. A run can
-be killed at any moment: --init_from resume goes on bit for bit.
+be killed at any moment: --init_from resume, or torchrun --max-restarts, goes on bit for bit.
 
 Try:     --prepare --corpus FILE.jsonl (your own text), then a run that learns it
          --init_from gpt2 --eval_only (what do OpenAI's weights score on this text?)
@@ -29,6 +29,7 @@ import os
 import platform
 import resource
 import signal
+import socket
 import sys
 import threading
 import time
@@ -659,6 +660,28 @@ def catch_signals():
 # ---------- training ----------
 
 
+def join_processes(backend):
+    """Join the processes that torchrun started.
+
+    The store in which they find each other survives a restart by torchrun, with the addresses of
+    the dead in it. So the first process opens a store of its own; the others wait until its port
+    answers.
+    """
+    rank, world_size, host = (os.environ[key] for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
+    known, store = next(dist.rendezvous("env://"))[0], None
+    if rank == "0":
+        store = dist.TCPStore(host, 0, is_master=True)
+        known.set("port", str(store.port))
+    while store is None:
+        port = int(known.get("port"))
+        try:
+            socket.create_connection((host, port)).close()
+            store = dist.TCPStore(host, port)
+        except ConnectionRefusedError:
+            time.sleep(0.1)
+    dist.init_process_group(backend, store=store, rank=int(rank), world_size=int(world_size))
+
+
 def setup_device(args):
     """Return the device; join the other processes; settle dtype and compile."""
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -668,7 +691,7 @@ def setup_device(args):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():  # torchrun started this process
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        join_processes("nccl" if args.device == "cuda" else "gloo")
     args.rank = dist.get_rank() if dist.is_initialized() else 0
     args.world_size = dist.get_world_size() if dist.is_initialized() else 1
     if args.dtype == "auto":
@@ -808,6 +831,10 @@ def train(args, stop=None):
 
     batch_loss = torch.compile(batch_loss, dynamic=False) if args.compile else batch_loss
     torch.manual_seed(args.seed + args.rank)  # every process drops out its own units
+    # A job that torchrun or Slurm restarts goes on. torchrun counts restarts on each machine alone.
+    restarts = [int(os.environ.get(f"{who}_RESTART_COUNT", 0)) for who in ("TORCHELASTIC", "SLURM")]
+    if any(all_sum(restarts, device)) and last.is_file():
+        args.init_from = "resume"
     if args.init_from == "resume":
         state = load_checkpoint(args, last, parts)
     first, record, losses = state["iter_num"], state["record"], state["losses"]
@@ -1016,16 +1043,11 @@ def parse_args(argv=None):
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.set_defaults(**DEFAULTS[args.device])
-    # A job that torchrun or Slurm restarts goes on; its own first start has left a checkpoint.
-    again = [os.environ.get(f"{who}_RESTART_COUNT", "0") for who in ("TORCHELASTIC", "SLURM")]
-    if again != ["0", "0"] and (args.out_dir / "last.pt").is_file():
-        args.init_from = "resume"
     made = args.out_dir / "args.json"
     if (args.sample_only or args.init_from == "resume") and made.is_file():
         sizes = ("block_size", "n_layer", "n_head", "n_embd", "bias", "vocab_size")
         parser.set_defaults(**{k: v for k, v in json.loads(made.read_text()).items() if k in sizes})
-    settled = {"device": args.device, "init_from": args.init_from}
-    args = argparse.Namespace(**vars(parser.parse_args(argv)) | settled)
+    args = argparse.Namespace(**vars(parser.parse_args(argv)) | {"device": args.device})
     args.cache_dir = args.cache_dir or args.data_dir / "cache" / args.dataset
     if args.prompt.startswith("FILE:"):
         try:

@@ -432,6 +432,14 @@ def test_killed_and_resumed_is_bit_identical(processes, which, small_data, tmp_p
     assert [r["iter"] for r in records(tmp_path)] == list(range(0, 41, 4))
 
 
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the processes in /proc")
+def test_torchrun_restarts_it_unattended(small_data, tmp_path, unbroken):
+    code, output = kill(small_data, tmp_path, "one", *LONG, processes=2, restarts=2)
+    assert code == 0, output
+    assert_equal(checkpoint(tmp_path), unbroken[2])
+    assert [r["iter"] for r in records(tmp_path)] == list(range(0, 41, 4))
+
+
 class Stop:
     """An event that is set after a few questions."""
 
