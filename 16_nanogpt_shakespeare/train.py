@@ -172,8 +172,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Maps x (B, T) to the logits (B, T, V) of the character after each.
 
-    With a cache, a list for every block, x goes on from the characters before, S + T up to
-    block_size in all.
+    With a cache, a list for every block, x is the beginning, or the one that follows what came
+    before; up to block_size in all.
     """
 
     def __init__(self, args, vocab_size):
@@ -217,7 +217,10 @@ def make_optimizers(args, model):
         hidden = [decay.pop(name) for name in list(decay) if name.startswith("h.")]
         # Scaled to the size of AdamW's updates (Liu et al. 2025): one learning rate serves both.
         optimizers["muon"] = torch.optim.Muon(
-            hidden, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"
+            hidden,
+            momentum=args.beta1,
+            weight_decay=args.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
         )
     rest = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": list(decay.values())}, {"params": rest, "weight_decay": 0.0}]
@@ -408,9 +411,8 @@ def log_metrics(args, record):
 
 def log_sample(args, record, text):
     """Append a sample to samples.txt, under its iteration and loss, and print it."""
-    with open(
-        args.out_dir / "samples.txt", "a" if record["iter"] else "w", encoding="utf-8"
-    ) as file:
+    mode = "a" if record["iter"] else "w"
+    with open(args.out_dir / "samples.txt", mode, encoding="utf-8") as file:
         file.write(f"=== iter {record['iter']}, val_loss {record['val_loss']:.4f}\n{text}\n\n")
     tqdm.write(f"{text}\n")
 
@@ -456,28 +458,26 @@ def train(args, stop=None):
             state |= {"iter_num": iter_num, "loss_sum": loss_sum.item()}  # waits for the device
             state["seconds"] = time.perf_counter() - start
             if not math.isfinite(state["loss_sum"]):
-                fail(f"loss not finite by iteration {iter_num}, {args.learning_rate=}")
+                fail(f"loss not finite by iteration {iter_num}: {args.learning_rate=}")
         if stopping:
             save_checkpoint(last, parts, state)
             print(f"stopped at iteration {iter_num}: --init_from resume goes on from there")
             break
         if evaluating and (iter_num != record.get("iter") or args.eval_only):
-            passed = time.perf_counter() - since
             record = {"iter": iter_num, "seconds": 0.0, "learning_rate": schedule(args, iter_num)}
             if iter_num > since_iter:
                 record["train_loss"] = state["loss_sum"] / ((iter_num - 1) % args.eval_interval + 1)
                 tokens = (iter_num - since_iter) * args.batch_size * args.block_size
-                record["tokens_per_second"] = tokens / passed
+                record["tokens_per_second"] = tokens / (time.perf_counter() - since)
             record["val_loss"] = evaluate(args, model, val_ids)
             record["seconds"] = time.perf_counter() - start
             log_metrics(args, record)
             log_sample(args, record, sample(args, model, vocab))
-            better = record["val_loss"] < state["val_loss"]
             state |= {"record": record, "loss_sum": 0.0}
-            state["val_loss"] = min(record["val_loss"], state["val_loss"])
-            if better and not args.eval_only:
-                save_checkpoint(best, parts, state)
             if not args.eval_only:
+                if record["val_loss"] < state["val_loss"]:
+                    state["val_loss"] = record["val_loss"]
+                    save_checkpoint(best, parts, state)
                 save_checkpoint(last, parts, state)
             loss_sum.zero_()
             since, since_iter = time.perf_counter(), iter_num
@@ -489,8 +489,6 @@ def train(args, stop=None):
             logits = forward(x)
         loss = F.cross_entropy(logits.float().flatten(0, 1), y.flatten())
         if iter_num % args.log_interval == 0:
-            if not math.isfinite(loss.item()):
-                fail(f"loss {loss} at iteration {iter_num}, --learning_rate {args.learning_rate}")
             bar.set_postfix(loss=f"{loss:.4f}")
         learning_rate = schedule(args, iter_num)
         loss.backward()
@@ -544,10 +542,7 @@ def number(kind, low, high=1e9):
 # The defaults: first by the device, then by the optimizer, then by both.
 DEFAULTS = {
     "cpu": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "dropout": 0.0}
-    | {
-        "compile": False,
-        "sdpa": False,
-    },  # for so short a context the written out attention is twice as fast
+    | {"compile": False, "sdpa": False},  # torch's attention is slower on so short a context
     "cuda": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "dropout": 0.2}
     | {"compile": True, "sdpa": True},
     "adamw": {"learning_rate": 1e-3, "min_lr": 1e-4, "warmup_iters": 100, "beta2": 0.99}
@@ -589,13 +584,11 @@ def parse_args(argv=None):
     flag("--learning_rate", type=number(float, 1e-9), help="at its highest")
     flag("--min_lr", type=number(float, 0), help="at the end")
     flag("--warmup_iters", type=number(int, 0), help="iterations of rising rate")
-    flag(
-        "--lr_decay_iters", type=number(int, 0), default=0, help="when min_lr comes; 0: at the end"
-    )
+    flag("--lr_decay_iters", type=number(int, 0), default=0, help="until min_lr; 0: max_iters")
     flag("--max_iters", type=number(int, 1), help="minibatches to train on")
     flag("--weight_decay", type=number(float, 0), help="pull of matrices to 0")
-    flag("--beta1", type=number(float, 0, 1), default=0.9, help="AdamW's memory of gradients")
-    flag("--beta2", type=number(float, 0, 1), help="AdamW's memory of squared gradients")
+    flag("--beta1", type=number(float, 0, 1), default=0.9, help="memory of gradients")
+    flag("--beta2", type=number(float, 0, 1), help="AdamW's memory of squared ones")
     flag("--grad_clip", type=number(float, 0), help="longest gradient; 0: any")
     flag = parser.add_argument_group("sampling").add_argument
     flag("--prompt", default="\n", help="the samples' beginning, or FILE:name of a file with it")

@@ -274,8 +274,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Maps x (B, T) to the logits (B, T, V) of the character after each.
 
-    With a cache, a list for every block, x goes on from the characters before, S + T up to
-    block_size in all.
+    With a cache, a list for every block, x is the beginning, or the one that follows what came
+    before; up to block_size in all.
     """
 
     def __init__(self, args, vocab_size):
@@ -422,7 +422,10 @@ def make_optimizers(args, model):
         hidden = [decay.pop(name) for name in list(decay) if name.startswith("h.")]
         # Scaled to the size of AdamW's updates (Liu et al. 2025): one learning rate serves both.
         optimizers["muon"] = torch.optim.Muon(
-            hidden, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"
+            hidden,
+            momentum=args.beta1,
+            weight_decay=args.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
         )
     rest = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": list(decay.values())}, {"params": rest, "weight_decay": 0.0}]
@@ -798,9 +801,8 @@ def log_metrics(args, record):
 
 def log_sample(args, record, text):
     """Append a sample to samples.txt, under its iteration and loss, and print it."""
-    with open(
-        args.out_dir / "samples.txt", "a" if record["iter"] else "w", encoding="utf-8"
-    ) as file:
+    mode = "a" if record["iter"] else "w"
+    with open(args.out_dir / "samples.txt", mode, encoding="utf-8") as file:
         file.write(f"=== iter {record['iter']}, val_loss {record['val_loss']:.4f}\n{text}\n\n")
     tqdm.write(f"{text}\n")
 
@@ -1007,13 +1009,11 @@ def parse_args(argv=None):
     flag("--learning_rate", type=number(float, 1e-9), help="at its highest")
     flag("--min_lr", type=number(float, 0), help="at the end")
     flag("--warmup_iters", type=number(int, 0), help="iterations of rising rate")
-    flag(
-        "--lr_decay_iters", type=number(int, 0), default=0, help="when min_lr comes; 0: at the end"
-    )
+    flag("--lr_decay_iters", type=number(int, 0), default=0, help="until min_lr; 0: max_iters")
     flag("--max_iters", type=number(int, 1), help="updates to train for")
     flag("--weight_decay", type=number(float, 0), default=0.1, help="pull of matrices to 0")
-    flag("--beta1", type=number(float, 0, 1), default=0.9, help="AdamW's memory of gradients")
-    flag("--beta2", type=number(float, 0, 1), default=0.95, help="its memory of squared gradients")
+    flag("--beta1", type=number(float, 0, 1), default=0.9, help="memory of gradients")
+    flag("--beta2", type=number(float, 0, 1), default=0.95, help="AdamW's memory of squared ones")
     flag("--grad_clip", type=number(float, 0), default=1.0, help="longest gradient; 0: any")
     flag("--skip_zscore", type=number(float, 0), default=6.0, help="skip higher losses; 0: none")
     flag = parser.add_argument_group("sampling").add_argument
