@@ -41,7 +41,7 @@ def test_augmented_batch_stays_in_range_and_differs_from_image_to_image():
 
 
 def test_augmentation_of_strength_zero_changes_nothing():
-    still = args_for("--shift", 0, "--rotate", 0, "--scale", 0, "--elastic", 0)
+    still = args_for("--shift", 0, "--rotate", 0, "--scale", 0)
     x = images(4)
     torch.testing.assert_close(step.augment(still, x), x, rtol=0, atol=1e-5)
 
@@ -50,7 +50,7 @@ def test_shift_is_in_pixels():
     torch.manual_seed(0)
     x = torch.zeros(256, 1, 28, 28)
     x[:, :, 14, 14] = 1
-    moved = step.augment(args_for("--rotate", 0, "--scale", 0, "--elastic", 0, "--shift", 3), x)
+    moved = step.augment(args_for("--rotate", 0, "--scale", 0, "--shift", 3), x)
     rows = (moved.sum((1, 3)) * torch.arange(28)).sum(1) - 14  # the centre of mass
     assert rows.abs().max() <= 3.001
     assert rows.max() > 2.5
@@ -58,7 +58,7 @@ def test_shift_is_in_pixels():
 
 
 def test_an_epoch_shows_every_image_once_and_the_next_in_another_order():
-    still = "--shift 0 --rotate 0 --scale 0 --elastic 0 --batch_size 8".split()
+    still = "--shift 0 --rotate 0 --scale 0 --batch_size 8".split()
     x = torch.arange(43, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 28, 28)
     stats = torch.tensor(0.0), torch.tensor(1 / 255)
     batches = step.minibatches(args_for(*still), TensorDataset(x, torch.arange(43)), stats)
@@ -196,7 +196,7 @@ def test_cuda_without_a_gpu_is_one_line(standins, tmp_path):
 
 @pytest.mark.data
 def test_short_run_on_real_mnist(real_data, tmp_path):
-    flags = "--max_iters 250 --n_channel 16 --rotate 0 --scale 0 --elastic 0 --eval_interval 250"
+    flags = "--max_iters 250 --n_channel 16 --rotate 0 --scale 0 --eval_interval 250"
     flags = [*flags.split(), "--data_dir", str(real_data), "--out_dir", str(tmp_path)]
     final = step.train(step.parse_args(flags))
     assert 0.982 < final["test_accuracy"] < 0.997

@@ -25,6 +25,7 @@ from steps import load_step
 step_10, step_14 = load_step("10"), load_step("14")
 MEASURES = [  # each line keeps what the lines above it switched on
     ("step 10: float32, DataLoader, optax", {}),
+    ("first convolution sees every second pixel", {"stride": True}),
     ("data and augmentation on the device", {"on_device": True}),
     ("fused SGD in place of the optax bridge", {"fused": True}),
     ("channels last", {"channels_last": True}),
@@ -42,7 +43,7 @@ def variant(bench, on):
     args.dtype = "bfloat16" if on.get("bfloat16") else "float32"
     device = torch.device(args.device if on.get("on_device") else "cpu")
     torch.manual_seed(0)
-    model = step_14.ResNet(16, 1, 10).to(device)
+    model = (step_14 if on.get("stride") else step_10).ResNet(16, 1, 10).to(device)
     if on.get("on_device"):
         x, y = (tensor.to(device) for tensor in step_14.load_data(args)[0].tensors)
         stats = (x / 255).mean(), (x / 255).std()
