@@ -95,6 +95,15 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(model(x), model(x))
 
 
+def test_dropout_is_where_nanogpt_has_it(monkeypatch):
+    """After the embeddings, on the attention weights, before every sum into the residual."""
+    _, model = small("--dropout", 0.5)
+    real, shapes = F.dropout, []
+    monkeypatch.setattr(F, "dropout", lambda x, *a: shapes.append(x.shape) or real(x, *a))
+    model(torch.randint(65, (3, 16)))
+    assert shapes == [(3, 16, 16), *[(3, 2, 16, 16), (3, 16, 16), (3, 16, 16)] * 2]
+
+
 def test_bfloat16_agrees_with_float32():
     args, model = small()
     ids = torch.randint(65, (200,))
@@ -116,6 +125,74 @@ def test_a_batch_is_windows_and_the_characters_after_them():
     assert seen.max() == 39
 
 
+def test_the_first_nine_tenths_train_and_the_rest_validates(tmp_path):
+    text = "".join(chr(97 + i * i % 23) for i in range(1000))
+    (tmp_path / "text.txt").write_text(text)
+    args, _ = small("--input", tmp_path / "text.txt")
+    train_ids, val_ids, vocab = step.load_data(args)
+    assert "".join(vocab[i] for i in train_ids) == text[:900]
+    assert "".join(vocab[i] for i in val_ids) == text[900:]
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_training_is_the_recipe(optimizer, standins, tmp_path):
+    """Forward, backward, clip, rate, update: the same weights as by the loop written out here."""
+    flags = [*tiny_flags(STEP, standins, tmp_path), "--device", "cpu", "--dtype", "float32"]
+    flags += (
+        "--dropout 0.3 --grad_clip 0.1 --warmup_iters 3 --max_iters 8 --eval_interval 4".split()
+    )
+    args = step.parse_args([*flags, "--optimizer", optimizer])
+    record = step.train(args)
+    train_ids, _, vocab = step.load_data(args)
+    torch.manual_seed(args.seed)
+    model = step.GPT(args, len(vocab))
+    batches, losses = step.minibatches(train_ids, args), []
+    optimizers = step.make_optimizers(args, model).values()
+    if optimizer == "adamw":
+        groups = [[p for p in model.parameters() if (p.ndim < 2) == vector] for vector in (0, 1)]
+        groups = [{"params": group, "weight_decay": w} for group, w in zip(groups, (0.1, 0.0))]
+        optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.99))]
+    for i in range(8):
+        x, y = next(batches)
+        loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+        model.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        done = max(0, i - 3) / 5
+        wave = (1 + math.cos(math.pi * done)) / 2
+        rate = args.min_lr + (args.learning_rate - args.min_lr) * wave
+        for each in optimizers:
+            for group in each.param_groups:
+                group["lr"] = min((i + 1) / 4, 1) * rate
+            each.step()
+        losses.append(loss.item())
+    trained = torch.load(tmp_path / "last.pt", weights_only=True)["model"]
+    for name, p in model.state_dict().items():
+        assert torch.allclose(p, trained[name], atol=1e-6), name
+    assert record["train_loss"] == pytest.approx(sum(losses[4:]) / 4)
+
+
+def test_best_is_the_checkpoint_of_the_lowest_loss(standins, tmp_path, monkeypatch):
+    losses = iter([4.0, 2.0, 3.0])
+    monkeypatch.setattr(step, "evaluate", lambda *_: next(losses))
+    step.train(step.parse_args(tiny_flags(STEP, standins, tmp_path)))
+    states = [torch.load(tmp_path / f, weights_only=True)["state"] for f in ("best.pt", "last.pt")]
+    assert [(s["iter_num"], s["val_loss"]) for s in states] == [(3, 2.0), (6, 2.0)]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(standins, tmp_path, monkeypatch):
+    real, calls = F.cross_entropy, []
+
+    def cross_entropy(logits, y, **options):
+        calls.append(logits.requires_grad)
+        return real(logits, y, **options) * (math.nan if sum(calls) > 4 else 1)
+
+    monkeypatch.setattr("torch.nn.functional.cross_entropy", cross_entropy)
+    result = run_main(STEP, *tiny_flags(STEP, standins, tmp_path))
+    assert_one_line(result, "not finite", "iteration 6", "learning_rate")
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["state"]["iter_num"] == 3
+
+
 @pytest.mark.parametrize("n", [17, 40, 48, 49, 50, 16 * 64 + 5])
 def test_evaluation_counts_every_character_once(n):
     args, model = small()
@@ -127,6 +204,16 @@ def test_evaluation_counts_every_character_once(n):
         logits = model(ids[None, first : i + 1])[0, -1]
         losses.append(F.cross_entropy(logits, ids[i + 1]).item())
     assert step.evaluate(args, model, ids) == pytest.approx(sum(losses) / (n - 1), rel=1e-5)
+
+
+def test_evaluation_and_sampling_drop_nothing_out_and_training_goes_on_doing_it():
+    args, model = small("--dropout", 0.5)
+    ids = torch.randint(65, (200,))
+    assert step.evaluate(args, model, ids) == step.evaluate(args, model, ids)
+    assert model.training
+    start = torch.zeros(1, 1, dtype=torch.long)
+    assert torch.equal(step.generate(args, model, start), step.generate(args, model, start))
+    assert model.training
 
 
 def test_adamw_is_nanogpts_recipe():
@@ -141,6 +228,12 @@ def test_adamw_is_nanogpts_recipe():
     assert step.schedule(args, 100) == pytest.approx(1e-3)
     assert step.schedule(args, 2550) == pytest.approx((1e-3 + 1e-4) / 2)
     assert step.schedule(args, 5000) == step.schedule(args, 6000) == pytest.approx(1e-4)
+
+
+def test_the_rate_ends_at_lr_decay_iters():
+    args = small("--lr_decay_iters", 100, "--max_iters", 200)[0]
+    assert step.schedule(args, 60) > step.schedule(args, 100) == step.schedule(args, 150)
+    assert step.schedule(args, 100) == args.min_lr
 
 
 def test_a_flag_overrides_the_recipe():
@@ -184,6 +277,8 @@ def test_sampling_takes_the_likeliest_at_temperature_0():
     ids = step.generate(args, model, torch.randint(65, (2, 4)))
     best = model.eval()(ids[:, :-1]).argmax(2)
     assert torch.equal(ids[:, 4:], best[:, 3:])
+    args.temperature = 1e-4
+    assert torch.equal(ids, step.generate(args, model, ids[:, :4]))
 
 
 def test_top_k_and_seed():
@@ -277,7 +372,8 @@ def test_a_signal_saves_and_resume_goes_on(standins, tmp_path):
     assert torch.load(tmp_path / "last.pt", weights_only=True)["state"]["iter_num"] == 5
     final = step.train(step.parse_args([*flags, "--init_from", "resume"]))
     whole = step.train(step.parse_args(tiny_flags(STEP, standins, tmp_path / "whole")))
-    assert final["val_loss"] == whole["val_loss"]
+    for key in ("train_loss", "val_loss"):
+        assert final[key] == whole[key]
 
 
 def test_a_shorter_block_crops_the_positions():
@@ -293,6 +389,7 @@ def test_resume_with_a_cropped_block(standins, tmp_path):
     step.train(step.parse_args(flags))
     flags += ["--init_from", "resume", "--block_size", "8", "--max_iters", "8"]
     assert step.train(step.parse_args(flags))["iter"] == 8
+    assert [r["iter"] for r in records(tmp_path)] == [0, 3, 6, 8]
     checkpoint = torch.load(tmp_path / "last.pt", weights_only=True)
     assert checkpoint["model"]["wpe.weight"].shape == (8, 16)
     assert checkpoint["adamw"]["state"][1]["exp_avg"].shape == (8, 16)
