@@ -6,14 +6,13 @@ Changed: load_data, init_params, forward, parse_args
 An example is now a vector x with one weight for each input, and the product w x becomes a sum of
 products. Nothing else changes: the noise is as large as before, and so is the best possible loss.
 
-Try:     --n_inputs 200 (it diverges: which --learning_rate converges again, and why?)
+Try:     --learning_rate 0.5, then the same with --n_inputs 200 (it diverges: why with more inputs?)
 Source:  Widrow and Hoff 1960, "Adaptive switching circuits".
 """
 
 import argparse
 import json
 import math
-import platform
 import sys
 import time
 from pathlib import Path
@@ -72,12 +71,14 @@ def start_run(args):
     """Make out_dir with an empty metrics.jsonl, and args.json, which tells what made the run."""
     args.out_dir.mkdir(parents=True, exist_ok=True)
     (args.out_dir / "metrics.jsonl").write_text("")
-    made_by = {"python": platform.python_version(), "torch": torch.__version__, "device": "cpu"}
+    made_by = {"python": sys.version.split()[0], "torch": torch.__version__, "device": "cpu"}
     (args.out_dir / "args.json").write_text(json.dumps(vars(args) | made_by, default=str))
 
 
 def log_metrics(args, record):
-    """Append a record to metrics.jsonl and print it above the progress bar."""
+    """Append a record to metrics.jsonl and print it above the progress bar; stop at inf or nan."""
+    if not all(map(math.isfinite, record.values())):
+        fail(f"no longer finite, --learning_rate {args.learning_rate}: {record}")
     with open(args.out_dir / "metrics.jsonl", "a") as file:
         file.write(json.dumps(record) + "\n")
     tqdm.write("  ".join(f"{key} {value:.5g}" for key, value in record.items()))
@@ -137,10 +138,9 @@ def number(kind, low, high=1e9):
     """Return an argparse type: an int or float (kind) from low to high."""
 
     def convert(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise ValueError
-        return value
+        if low <= (value := kind(text)) <= high:
+            return value
+        raise ValueError
 
     convert.__name__ = f"{kind.__name__} from {low:g} to {high:g}"  # argparse puts it in its error
     return convert
@@ -155,8 +155,8 @@ def parse_args(argv=None):
     )
     here = Path(__file__).resolve().parent
     flag = parser.add_argument_group("data").add_argument
-    flag("--n_examples", type=number(int, 1), default=100_000, help="examples drawn in all")
-    flag("--n_inputs", type=number(int, 1), default=10, help="length of the vector x")
+    flag("--n_examples", type=number(int, 1, 1e6), default=100_000, help="examples drawn in all")
+    flag("--n_inputs", type=number(int, 1, 1000), default=10, help="length of the vector x")
     flag("--noise", type=number(float, 1e-6), default=0.5, help="standard deviation of the noise")
     flag("--batch_size", type=number(int, 1), default=128, help="examples in a minibatch")
     flag = parser.add_argument_group("optimizer").add_argument
@@ -181,4 +181,4 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         fail("interrupted", exit_code=130)
     except OSError as error:
-        fail(f"--out_dir {args.out_dir}: {error}")
+        fail(f"cannot write to --out_dir {args.out_dir} or the terminal: {error}")

@@ -6,16 +6,17 @@ Changed: load_data, init_params, forward, loss_fn, train, parse_args
 
 A score (logit) for each class, softmax to turn scores into probabilities, and as the loss the
 negative logarithm of the probability given to the label, in nats. The labels are drawn from the
-teacher's own probabilities, so no model can go below the teacher's entropy: the dashed line.
+teacher's own probabilities, so no model can go below the teacher's entropy, the dashed line, but
+by learning examples by heart.
 
-Try:     --n_classes 2 (what is this model's classical name?), --learning_rate 100
+Try:     --n_classes 2 (what is this model's classical name?)
+         --learning_rate 100 (worse, but never infinite: why?)
 Source:  Bridle 1990, "Probabilistic interpretation of feedforward classification network outputs".
 """
 
 import argparse
 import json
 import math
-import platform
 import sys
 import time
 from pathlib import Path
@@ -64,7 +65,7 @@ def forward(params, x):
 
 
 def log_softmax(logits):
-    """Return log(softmax(logits)) along the classes, (B, C) to (B, C)."""
+    """Return log(e^z_c / sum_k e^z_k) = z_c - log(sum_k e^z_k) for logits z, (B, C) to (B, C)."""
     logits = logits - logits.amax(dim=1, keepdim=True)  # changes no probability; exp stays finite
     return logits - logits.exp().sum(dim=1, keepdim=True).log()
 
@@ -81,12 +82,14 @@ def start_run(args):
     """Make out_dir with an empty metrics.jsonl, and args.json, which tells what made the run."""
     args.out_dir.mkdir(parents=True, exist_ok=True)
     (args.out_dir / "metrics.jsonl").write_text("")
-    made_by = {"python": platform.python_version(), "torch": torch.__version__, "device": "cpu"}
+    made_by = {"python": sys.version.split()[0], "torch": torch.__version__, "device": "cpu"}
     (args.out_dir / "args.json").write_text(json.dumps(vars(args) | made_by, default=str))
 
 
 def log_metrics(args, record):
-    """Append a record to metrics.jsonl and print it above the progress bar."""
+    """Append a record to metrics.jsonl and print it above the progress bar; stop at inf or nan."""
+    if not all(map(math.isfinite, record.values())):
+        fail(f"no longer finite, --learning_rate {args.learning_rate}: {record}")
     with open(args.out_dir / "metrics.jsonl", "a") as file:
         file.write(json.dumps(record) + "\n")
     tqdm.write("  ".join(f"{key} {value:.5g}" for key, value in record.items()))
@@ -144,10 +147,9 @@ def number(kind, low, high=1e9):
     """Return an argparse type: an int or float (kind) from low to high."""
 
     def convert(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise ValueError
-        return value
+        if low <= (value := kind(text)) <= high:
+            return value
+        raise ValueError
 
     convert.__name__ = f"{kind.__name__} from {low:g} to {high:g}"  # argparse puts it in its error
     return convert
@@ -162,9 +164,9 @@ def parse_args(argv=None):
     )
     here = Path(__file__).resolve().parent
     flag = parser.add_argument_group("data").add_argument
-    flag("--n_examples", type=number(int, 1), default=100_000, help="examples drawn in all")
-    flag("--n_inputs", type=number(int, 1), default=10, help="length of the vector x")
-    flag("--n_classes", type=number(int, 2), default=10, help="categories")
+    flag("--n_examples", type=number(int, 1, 1e6), default=100_000, help="examples drawn in all")
+    flag("--n_inputs", type=number(int, 1, 1000), default=10, help="length of the vector x")
+    flag("--n_classes", type=number(int, 2, 1000), default=10, help="categories")
     flag("--batch_size", type=number(int, 1), default=128, help="examples in a minibatch")
     flag = parser.add_argument_group("optimizer").add_argument
     flag("--learning_rate", type=number(float, 1e-9), default=0.5, help="size of a step downhill")
@@ -188,4 +190,4 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         fail("interrupted", exit_code=130)
     except OSError as error:
-        fail(f"--out_dir {args.out_dir}: {error}")
+        fail(f"cannot write to --out_dir {args.out_dir} or the terminal: {error}")

@@ -8,14 +8,13 @@ The teacher now bends its inputs before it scores them, and no linear model can 
 layers, each a linear map and a ReLU, can. A run first trains step 04's model (--n_layer 0) on the
 same data, then the deep one: see how much closer to the teacher's entropy depth comes.
 
-Try:     --n_layer 10, then the same with 1 in place of 2 in init_params: why does it stand still?
+Try:     --n_layer 20, then also 1 in place of 2 in init_params: why does it stand still so long?
 Source:  He et al. 2015, "Delving deep into rectifiers" (the initialisation).
 """
 
 import argparse
 import json
 import math
-import platform
 import sys
 import time
 from pathlib import Path
@@ -56,9 +55,9 @@ def minibatches(x, y, batch_size, rng):
 def init_params(args, rng):
     """Return the weights and biases of n_layer hidden layers and the output layer.
 
-    Weights have variance 2 / inputs, so that activations keep their size through the layers: the
-    sum over the inputs multiplies their mean square by that number, and ReLU halves it again. The
-    output layer starts at zero, all classes equally likely.
+    Weights have variance 2 / n for n inputs, so that activations keep their size through layers:
+    a sum of n products has n * 2 / n = 2 times the inputs' mean square, and ReLU halves it again.
+    The output layer starts at zero, all classes equally likely.
     """
     params, n_in = {}, args.n_inputs
     for i in range(args.n_layer):
@@ -82,7 +81,7 @@ def forward(params, x):
 
 
 def log_softmax(logits):
-    """Return log(softmax(logits)) along the classes, (B, C) to (B, C)."""
+    """Return log(e^z_c / sum_k e^z_k) = z_c - log(sum_k e^z_k) for logits z, (B, C) to (B, C)."""
     logits = logits - logits.amax(dim=1, keepdim=True)  # changes no probability; exp stays finite
     return logits - logits.exp().sum(dim=1, keepdim=True).log()
 
@@ -99,12 +98,14 @@ def start_run(args):
     """Make out_dir with an empty metrics.jsonl, and args.json, which tells what made the run."""
     args.out_dir.mkdir(parents=True, exist_ok=True)
     (args.out_dir / "metrics.jsonl").write_text("")
-    made_by = {"python": platform.python_version(), "torch": torch.__version__, "device": "cpu"}
+    made_by = {"python": sys.version.split()[0], "torch": torch.__version__, "device": "cpu"}
     (args.out_dir / "args.json").write_text(json.dumps(vars(args) | made_by, default=str))
 
 
 def log_metrics(args, record):
-    """Append a record to metrics.jsonl and print it above the progress bar."""
+    """Append a record to metrics.jsonl and print it above the progress bar; stop at inf or nan."""
+    if not all(map(math.isfinite, record.values())):
+        fail(f"no longer finite, --learning_rate {args.learning_rate}: {record}")
     with open(args.out_dir / "metrics.jsonl", "a") as file:
         file.write(json.dumps(record) + "\n")
     tqdm.write("  ".join(f"{key} {value:.5g}" for key, value in record.items()))
@@ -170,10 +171,9 @@ def number(kind, low, high=1e9):
     """Return an argparse type: an int or float (kind) from low to high."""
 
     def convert(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise ValueError
-        return value
+        if low <= (value := kind(text)) <= high:
+            return value
+        raise ValueError
 
     convert.__name__ = f"{kind.__name__} from {low:g} to {high:g}"  # argparse puts it in its error
     return convert
@@ -188,13 +188,13 @@ def parse_args(argv=None):
     )
     here = Path(__file__).resolve().parent
     flag = parser.add_argument_group("data").add_argument
-    flag("--n_examples", type=number(int, 1), default=100_000, help="examples drawn in all")
-    flag("--n_inputs", type=number(int, 1), default=10, help="length of the vector x")
-    flag("--n_classes", type=number(int, 2), default=10, help="categories")
+    flag("--n_examples", type=number(int, 1, 1e6), default=100_000, help="examples drawn in all")
+    flag("--n_inputs", type=number(int, 1, 1000), default=10, help="length of the vector x")
+    flag("--n_classes", type=number(int, 2, 1000), default=10, help="categories")
     flag("--batch_size", type=number(int, 1), default=128, help="examples in a minibatch")
     flag = parser.add_argument_group("model").add_argument
-    flag("--n_layer", type=number(int, 0), default=2, help="hidden layers")
-    flag("--n_hidden", type=number(int, 1), default=128, help="units in a hidden layer")
+    flag("--n_layer", type=number(int, 0, 100), default=2, help="hidden layers")
+    flag("--n_hidden", type=number(int, 1, 10_000), default=128, help="units in a hidden layer")
     flag = parser.add_argument_group("optimizer").add_argument
     flag("--learning_rate", type=number(float, 1e-9), default=0.2, help="size of a step downhill")
     flag("--max_iters", type=number(int, 1), default=2000, help="minibatches to train on")
@@ -217,4 +217,4 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         fail("interrupted", exit_code=130)
     except OSError as error:
-        fail(f"--out_dir {args.out_dir}: {error}")
+        fail(f"cannot write to --out_dir {args.out_dir} or the terminal: {error}")

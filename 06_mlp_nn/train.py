@@ -7,7 +7,8 @@ Gone:    init_params, relu, forward, log_softmax, loss_fn
 
 Each tool replaces something written by hand before: nn.Module holds the parameters, F.relu and
 F.cross_entropy are the functions, torch.optim makes the update, and Dataset and DataLoader deal
-out the minibatches. With step 05's weights, the logits and the gradients are step 05's.
+out the minibatches. With step 05's weights, the logits and the gradients are step 05's; the curve
+differs, as nn.Linear draws its own first weights.
 
 Try:     print(model) in train; --n_layer 4 --n_hidden 64 (a deeper, thinner model)
 Source:  Paszke et al. 2019, "PyTorch: an imperative style, high-performance deep learning library".
@@ -16,7 +17,6 @@ Source:  Paszke et al. 2019, "PyTorch: an imperative style, high-performance dee
 import argparse
 import json
 import math
-import platform
 import sys
 import time
 from itertools import pairwise
@@ -80,12 +80,14 @@ def start_run(args):
     """Make out_dir with an empty metrics.jsonl, and args.json, which tells what made the run."""
     args.out_dir.mkdir(parents=True, exist_ok=True)
     (args.out_dir / "metrics.jsonl").write_text("")
-    made_by = {"python": platform.python_version(), "torch": torch.__version__, "device": "cpu"}
+    made_by = {"python": sys.version.split()[0], "torch": torch.__version__, "device": "cpu"}
     (args.out_dir / "args.json").write_text(json.dumps(vars(args) | made_by, default=str))
 
 
 def log_metrics(args, record):
-    """Append a record to metrics.jsonl and print it above the progress bar."""
+    """Append a record to metrics.jsonl and print it above the progress bar; stop at inf or nan."""
+    if not all(map(math.isfinite, record.values())):
+        fail(f"no longer finite, --learning_rate {args.learning_rate}: {record}")
     with open(args.out_dir / "metrics.jsonl", "a") as file:
         file.write(json.dumps(record) + "\n")
     tqdm.write("  ".join(f"{key} {value:.5g}" for key, value in record.items()))
@@ -152,10 +154,9 @@ def number(kind, low, high=1e9):
     """Return an argparse type: an int or float (kind) from low to high."""
 
     def convert(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise ValueError
-        return value
+        if low <= (value := kind(text)) <= high:
+            return value
+        raise ValueError
 
     convert.__name__ = f"{kind.__name__} from {low:g} to {high:g}"  # argparse puts it in its error
     return convert
@@ -170,13 +171,13 @@ def parse_args(argv=None):
     )
     here = Path(__file__).resolve().parent
     flag = parser.add_argument_group("data").add_argument
-    flag("--n_examples", type=number(int, 1), default=100_000, help="examples drawn in all")
-    flag("--n_inputs", type=number(int, 1), default=10, help="length of the vector x")
-    flag("--n_classes", type=number(int, 2), default=10, help="categories")
+    flag("--n_examples", type=number(int, 1, 1e6), default=100_000, help="examples drawn in all")
+    flag("--n_inputs", type=number(int, 1, 1000), default=10, help="length of the vector x")
+    flag("--n_classes", type=number(int, 2, 1000), default=10, help="categories")
     flag("--batch_size", type=number(int, 1), default=128, help="examples in a minibatch")
     flag = parser.add_argument_group("model").add_argument
-    flag("--n_layer", type=number(int, 0), default=2, help="hidden layers")
-    flag("--n_hidden", type=number(int, 1), default=128, help="units in a hidden layer")
+    flag("--n_layer", type=number(int, 0, 100), default=2, help="hidden layers")
+    flag("--n_hidden", type=number(int, 1, 10_000), default=128, help="units in a hidden layer")
     flag = parser.add_argument_group("optimizer").add_argument
     flag("--learning_rate", type=number(float, 1e-9), default=0.2, help="size of a step downhill")
     flag("--max_iters", type=number(int, 1), default=2000, help="minibatches to train on")
@@ -199,4 +200,4 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         fail("interrupted", exit_code=130)
     except OSError as error:
-        fail(f"--out_dir {args.out_dir}: {error}")
+        fail(f"cannot write to --out_dir {args.out_dir} or the terminal: {error}")

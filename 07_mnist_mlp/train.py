@@ -19,7 +19,6 @@ import http.client
 import json
 import math
 import os
-import platform
 import sys
 import time
 import urllib.request
@@ -74,10 +73,12 @@ def load_data(args):
     for name, sha256 in MNIST_SHA256.items():
         download(f"{MNIST_URL}/{name}.gz", sha256, raw / name, args.data_dir)
     datasets = []
-    for train, name in ((True, "train"), (False, "t10k")):
+    for name in ("train", "t10k"):
         try:
-            datasets.append(MNIST(args.data_dir, train=train))
-        except (AssertionError, RuntimeError, ValueError) as error:
+            datasets.append(MNIST(args.data_dir, train=name == "train"))
+            if len(datasets[-1].data) != len(datasets[-1].targets):
+                raise ValueError("not as many labels as images")
+        except (AssertionError, OSError, RuntimeError, ValueError) as error:
             fail(f"{raw / name}-*: broken or cut short ({error}): delete these files")
     pixels = [dataset.data.flatten(1) / 255 for dataset in datasets]  # (N, 784), 0 to 1
     mean, std = pixels[0].mean(), pixels[0].std()  # of the training set
@@ -133,12 +134,14 @@ def start_run(args):
     """Make out_dir with an empty metrics.jsonl, and args.json, which tells what made the run."""
     args.out_dir.mkdir(parents=True, exist_ok=True)
     (args.out_dir / "metrics.jsonl").write_text("")
-    made_by = {"python": platform.python_version(), "torch": torch.__version__, "device": "cpu"}
+    made_by = {"python": sys.version.split()[0], "torch": torch.__version__, "device": "cpu"}
     (args.out_dir / "args.json").write_text(json.dumps(vars(args) | made_by, default=str))
 
 
 def log_metrics(args, record):
-    """Append a record to metrics.jsonl and print it above the progress bar."""
+    """Append a record to metrics.jsonl and print it above the progress bar; stop at inf or nan."""
+    if not all(map(math.isfinite, record.values())):
+        fail(f"no longer finite, --learning_rate {args.learning_rate}: {record}")
     with open(args.out_dir / "metrics.jsonl", "a") as file:
         file.write(json.dumps(record) + "\n")
     tqdm.write("  ".join(f"{key} {value:.5g}" for key, value in record.items()))
@@ -154,7 +157,7 @@ def train(args):
     train_part = TensorDataset(*train_set[: len(test_set)])  # as many as there are test images
     batches = minibatches(train_set, args.batch_size)
     model = MLP(28 * 28, args.n_hidden, args.n_layer, 10, args.dropout)
-    optimizer = torch.optim.SGD(model.parameters(), args.learning_rate, args.momentum)
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.learning_rate, momentum=args.momentum)
     start_run(args)
 
     for iter_num in (bar := tqdm(range(args.max_iters + 1), disable=None)):
@@ -195,10 +198,9 @@ def number(kind, low, high=1e9):
     """Return an argparse type: an int or float (kind) from low to high."""
 
     def convert(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise ValueError
-        return value
+        if low <= (value := kind(text)) <= high:
+            return value
+        raise ValueError
 
     convert.__name__ = f"{kind.__name__} from {low:g} to {high:g}"  # argparse puts it in its error
     return convert
@@ -217,8 +219,8 @@ def parse_args(argv=None):
     flag("--data_dir", type=Path, default=data_dir, help="folder that holds MNIST/raw/")
     flag("--batch_size", type=number(int, 1), default=128, help="examples in a minibatch")
     flag = parser.add_argument_group("model").add_argument
-    flag("--n_layer", type=number(int, 0), default=2, help="hidden layers")
-    flag("--n_hidden", type=number(int, 1), default=800, help="units in a hidden layer")
+    flag("--n_layer", type=number(int, 0, 100), default=2, help="hidden layers")
+    flag("--n_hidden", type=number(int, 1, 10_000), default=800, help="units in a hidden layer")
     flag("--dropout", type=number(float, 0, 0.99), default=0.4, help="share of units dropped")
     flag = parser.add_argument_group("optimizer").add_argument
     flag("--learning_rate", type=number(float, 1e-9), default=0.02, help="size of a step downhill")
@@ -240,4 +242,4 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         fail("interrupted", exit_code=130)
     except OSError as error:
-        fail(f"--out_dir {args.out_dir}: {error}")
+        fail(f"cannot write to --out_dir {args.out_dir} or the terminal: {error}")

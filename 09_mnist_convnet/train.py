@@ -20,7 +20,6 @@ import http.client
 import json
 import math
 import os
-import platform
 import sys
 import time
 import urllib.request
@@ -76,10 +75,12 @@ def load_data(args):
     for name, sha256 in MNIST_SHA256.items():
         download(f"{MNIST_URL}/{name}.gz", sha256, raw / name, args.data_dir)
     datasets = []
-    for train, name in ((True, "train"), (False, "t10k")):
+    for name in ("train", "t10k"):
         try:
-            datasets.append(MNIST(args.data_dir, train=train))
-        except (AssertionError, RuntimeError, ValueError) as error:
+            datasets.append(MNIST(args.data_dir, train=name == "train"))
+            if len(datasets[-1].data) != len(datasets[-1].targets):
+                raise ValueError("not as many labels as images")
+        except (AssertionError, OSError, RuntimeError, ValueError) as error:
             fail(f"{raw / name}-*: broken or cut short ({error}): delete these files")
     pixels = [dataset.data[:, None] / 255 for dataset in datasets]  # (N, 1, 28, 28), 0 to 1
     mean, std = pixels[0].mean(), pixels[0].std()  # of the training set
@@ -98,7 +99,7 @@ def minibatches(dataset, batch_size):
 def augment(x, shift):
     """Move the images x (B, 1, H, W) together, by up to shift pixels either way."""
     dy, dx = torch.randint(-shift, shift + 1, (2,)).tolist()
-    return x.roll((dy, dx), dims=(2, 3))  # MNIST's blank margin of 4 pixels is what wraps around
+    return x.roll((dy, dx), dims=(2, 3))  # the edge wraps around: blank but for a few strokes
 
 
 # ---------- model ----------
@@ -173,12 +174,14 @@ def start_run(args):
     """Make out_dir with an empty metrics.jsonl, and args.json, which tells what made the run."""
     args.out_dir.mkdir(parents=True, exist_ok=True)
     (args.out_dir / "metrics.jsonl").write_text("")
-    made_by = {"python": platform.python_version(), "torch": torch.__version__, "device": "cpu"}
+    made_by = {"python": sys.version.split()[0], "torch": torch.__version__, "device": "cpu"}
     (args.out_dir / "args.json").write_text(json.dumps(vars(args) | made_by, default=str))
 
 
 def log_metrics(args, record):
-    """Append a record to metrics.jsonl and print it above the progress bar."""
+    """Append a record to metrics.jsonl and print it above the progress bar; stop at inf or nan."""
+    if not all(map(math.isfinite, record.values())):
+        fail(f"no longer finite, --learning_rate {args.learning_rate}: {record}")
     with open(args.out_dir / "metrics.jsonl", "a") as file:
         file.write(json.dumps(record) + "\n")
     tqdm.write("  ".join(f"{key} {value:.5g}" for key, value in record.items()))
@@ -237,10 +240,9 @@ def number(kind, low, high=1e9):
     """Return an argparse type: an int or float (kind) from low to high."""
 
     def convert(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise ValueError
-        return value
+        if low <= (value := kind(text)) <= high:
+            return value
+        raise ValueError
 
     convert.__name__ = f"{kind.__name__} from {low:g} to {high:g}"  # argparse puts it in its error
     return convert
@@ -280,4 +282,4 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         fail("interrupted", exit_code=130)
     except OSError as error:
-        fail(f"--out_dir {args.out_dir}: {error}")
+        fail(f"cannot write to --out_dir {args.out_dir} or the terminal: {error}")

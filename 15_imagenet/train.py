@@ -1,9 +1,9 @@
 """Step 15: ImageNet, a run of days that may be killed at any moment.
 
 Parent:  14_resnet_gpu
-New:     list_images, decode, shrink, pack_images, random_crop, middle_crop, Images, image_stats,
-         leave_group, load_batches, conv, shortcut, Basic, Bottleneck, update_ema, save_checkpoint,
-         read_checkpoint, load_checkpoint, catch_signals, predict
+New:     list_images, decode, shrink, pack_images, random_crop, middle_crop, crop, Images,
+         image_stats, leave_group, load_batches, conv, shortcut, Basic, Bottleneck, update_ema,
+         save_checkpoint, read_checkpoint, load_checkpoint, catch_signals, predict
 Changed: load_data, minibatches, augment, ResNet, make_optimizer, evaluate, start_run, train,
          parse_args
 Gone:    download, Block
@@ -26,7 +26,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 import random
 import shutil
 import signal
@@ -51,12 +50,8 @@ from tqdm import tqdm
 from plot import plot_run
 
 ITERATION = ("data", "forward", "backward", "update")  # the parts of an iteration
-LAYERS = {
-    18: (2, 2, 2, 2),
-    34: (3, 4, 6, 3),
-    50: (3, 4, 6, 3),
-    101: (3, 4, 23, 3),
-}  # blocks a stage
+# Residual blocks a stage, for every --depth.
+LAYERS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
 # ---------- data ----------
 
@@ -80,7 +75,10 @@ def list_images(args, split):
 
 
 def decode(data):
-    """Decode an image file (its bytes as uint8) to RGB (3, H, W), upright, whatever its mode."""
+    """Decode an image file (its bytes as uint8) to RGB (3, H, W), upright, whatever its mode.
+
+    torchvision 0.29 calls its decoder deprecated, silently: torchcodec's would be one more package.
+    """
     return decode_image(torch.as_tensor(data), mode="RGB", apply_exif_orientation=True)
 
 
@@ -105,18 +103,17 @@ def pack_images(args, split):
     was killed goes on where it was. Broken images are named and left out; over 0.1% is an error.
     """
     name = f"{args.data_dir.resolve().name}_{split}_{args.pack_size}"
-    pack, index, about = (args.cache_dir / f"{name}.{end}" for end in ("jpegs", "index", "json"))
+    pack, index, tree = (args.cache_dir / f"{name}.{end}" for end in ("jpegs", "index", "sha256"))
     synsets, images = list_images(args, split)
     files = "".join(path.removeprefix(str(args.data_dir)) for path, _ in images)
-    whole = {"images": len(images), "sha256": hashlib.sha256(files.encode()).hexdigest()}
-    if not about.exists() or json.loads(about.read_text()) != whole:
-        try:
+    sha256 = hashlib.sha256(files.encode()).hexdigest()
+    try:
+        if not tree.exists() or tree.read_text() != sha256:  # begin anew
             args.cache_dir.mkdir(parents=True, exist_ok=True)
-            pack.write_bytes(b"")
-            index.write_bytes(b"")
-            about.write_text(json.dumps(whole))
-        except OSError as error:
-            fail(f"--cache_dir {args.cache_dir}: {error}")
+            for path, text in ((pack, ""), (index, ""), (tree, sha256)):
+                path.write_text(text)
+    except OSError as error:
+        fail(f"--cache_dir {args.cache_dir}: {error}")
     rows = np.fromfile(index, np.int64, index.stat().st_size // 16 * 2).reshape(-1, 2)
     rows = rows[rows[:, 0] <= pack.stat().st_size]
     if len(rows) < len(images):
@@ -124,12 +121,11 @@ def pack_images(args, split):
         os.truncate(pack, end)
         os.truncate(index, rows.nbytes)
         todo = images[len(rows) :]
-        shrink_it = partial(shrink, size=args.pack_size)
-        jpegs = DataLoader(
+        jpegs = DataLoader(  # one by one: its processes call collate_fn on an item of todo
             todo,
             batch_size=None,
             num_workers=args.num_workers,
-            collate_fn=shrink_it,
+            collate_fn=partial(shrink, size=args.pack_size),
             worker_init_fn=leave_group,
         )
         bar = tqdm(jpegs, f"packing {split}", len(images), initial=len(rows), disable=None)
@@ -143,7 +139,7 @@ def pack_images(args, split):
         rows = np.fromfile(index, np.int64).reshape(-1, 2)
     broken = np.flatnonzero(np.diff(rows[:, 0], prepend=0) == 0)
     if len(broken) > len(rows) / 1000:
-        about.unlink()  # a repaired folder is packed anew
+        tree.unlink()  # a repaired folder is packed anew
         fail(f"--data_dir: {len(broken)} of {len(rows)} broken, the first {images[broken[0]][0]}")
     return pack, np.delete(rows, broken, axis=0), synsets
 
@@ -165,11 +161,22 @@ def middle_crop(height, width, fraction):
     return (height - side) // 2, (width - side) // 2, side, side
 
 
-class Images(Dataset):
-    """Item (i, key) is image i, cropped as key alone decides, uint8 (3, size, size), and its label.
+def crop(args, image, key):
+    """Cut an image (3, H, W) as key alone decides; key None, for evaluation, takes the middle."""
+    if key is None:
+        size, box = args.test_size, middle_crop(*image.shape[1:], args.test_crop)
+    else:
+        size = args.train_size
+        box = random_crop(*image.shape[1:], args.min_scale, random.Random(key))
+    image = resized_crop(image, *box, [size, size], antialias=True)  # (3, size, size)
+    if key is not None and args.trivial_augment:
+        torch.manual_seed(key)
+        image = v2.TrivialAugmentWide()(image)
+    return image
 
-    With key None it is the middle of the image at --test_size, for evaluation.
-    """
+
+class Images(Dataset):
+    """Item (i, key) is image i after crop with that key, uint8 (3, size, size), and its label."""
 
     def __init__(self, args, pack, rows):
         self.args, self.pack, self.rows = args, pack, rows
@@ -177,20 +184,10 @@ class Images(Dataset):
 
     def __getitem__(self, item):
         i, key = item
-        args = self.args
         if self.file is None:
             self.file = np.memmap(self.pack, mode="c")
-        image = decode(self.file[self.rows[i - 1, 0] if i else 0 : self.rows[i, 0]])  # (3, H, W)
-        if key is None:
-            size, box = args.test_size, middle_crop(*image.shape[1:], args.test_crop)
-        else:
-            size = args.train_size
-            box = random_crop(*image.shape[1:], args.min_scale, random.Random(key))
-        image = resized_crop(image, *box, [size, size], antialias=True)  # (3, size, size)
-        if key is not None and args.trivial_augment:
-            torch.manual_seed(key)
-            image = v2.TrivialAugmentWide()(image)
-        return image, int(self.rows[i, 1])
+        image = decode(self.file[self.rows[i - 1, 0] if i else 0 : self.rows[i, 0]])
+        return crop(self.args, image, key), int(self.rows[i, 1])
 
 
 def load_data(args):
@@ -533,12 +530,14 @@ def start_run(args, device, iter_num):
     lines = metrics.read_text().splitlines(keepends=True) if iter_num and metrics.is_file() else []
     metrics.write_text("".join(line for line in lines if json.loads(line)["iter"] <= iter_num))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    made_by = {"python": platform.python_version(), "torch": torch.__version__, "made_on": name}
+    made_by = {"python": sys.version.split()[0], "torch": torch.__version__, "made_on": name}
     (args.out_dir / "args.json").write_text(json.dumps(vars(args) | made_by, default=str))
 
 
 def log_metrics(args, record):
-    """Append a record to metrics.jsonl and print it above the progress bar."""
+    """Append a record to metrics.jsonl and print it above the progress bar; stop at inf or nan."""
+    if not all(map(math.isfinite, record.values())):
+        fail(f"no longer finite, --learning_rate {args.learning_rate}: {record}")
     with open(args.out_dir / "metrics.jsonl", "a") as file:
         file.write(json.dumps(record) + "\n")
     tqdm.write("  ".join(f"{key} {value:.5g}" for key, value in record.items()))
@@ -601,11 +600,8 @@ def train(args, stop=None):
             since, since_iter = clock.read(), iter_num
             log_metrics(args, record)
             plot_run(args.out_dir)
-            state |= {
-                "loss_sum": 0.0,
-                "record": record,
-                "seconds": seconds_before + sum(since.values()),
-            }
+            state |= {"loss_sum": 0.0, "record": record}
+            state["seconds"] = seconds_before + sum(since.values())
             if record["top1"] > state["best"]:
                 state["best"] = record["top1"]
                 save_checkpoint(best, parts, state)
@@ -656,8 +652,7 @@ def predict(args):
             image = decode(np.fromfile(file, np.uint8))
         except (OSError, RuntimeError, ValueError):
             fail(f"--predict {file}: not an image that can be read")
-        box = middle_crop(*image.shape[1:], args.test_crop)
-        x = resized_crop(image, *box, [args.test_size] * 2, antialias=True)[None]  # (1, 3, H, W)
+        x = crop(args, image, None)[None]  # (1, 3, H, W)
         shares = model(normalise(x.to(device) / 255, stats)).softmax(1)[0]  # (C,)
         top = shares.topk(min(5, len(names)))
         best = (f"{share:.1%} {names[i]}" for share, i in zip(top.values, top.indices))
@@ -677,10 +672,9 @@ def number(kind, low, high=1e9):
     """Return an argparse type: an int or float (kind) from low to high."""
 
     def convert(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise ValueError
-        return value
+        if low <= (value := kind(text)) <= high:
+            return value
+        raise ValueError
 
     convert.__name__ = f"{kind.__name__} from {low:g} to {high:g}"  # argparse puts it in its error
     return convert
@@ -761,4 +755,4 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         fail("interrupted", exit_code=130)
     except OSError as error:
-        fail(f"--out_dir {args.out_dir}: {error}")
+        fail(f"cannot write to --out_dir {args.out_dir} or the terminal: {error}")

@@ -26,7 +26,6 @@ import json
 import math
 import multiprocessing
 import os
-import platform
 import resource
 import signal
 import socket
@@ -788,12 +787,14 @@ def start_run(args, device, iter_num):
     lines = metrics.read_text().splitlines(keepends=True) if iter_num and metrics.is_file() else []
     metrics.write_text("".join(line for line in lines if json.loads(line)["iter"] <= iter_num))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    made_by = {"python": platform.python_version(), "torch": torch.__version__, "made_on": name}
+    made_by = {"python": sys.version.split()[0], "torch": torch.__version__, "made_on": name}
     (args.out_dir / "args.json").write_text(json.dumps(vars(args) | made_by, default=str))
 
 
 def log_metrics(args, record):
-    """Append a record to metrics.jsonl and print it above the progress bar."""
+    """Append a record to metrics.jsonl and print it above the progress bar; stop at inf or nan."""
+    if not all(map(math.isfinite, record.values())):
+        fail(f"no longer finite, --learning_rate {args.learning_rate}: {record}")
     with open(args.out_dir / "metrics.jsonl", "a") as file:
         file.write(json.dumps(record) + "\n")
     tqdm.write("  ".join(f"{key} {value:.5g}" for key, value in record.items()))
@@ -952,10 +953,9 @@ def number(kind, low, high=1e9):
     """Return an argparse type: an int or float (kind) from low to high."""
 
     def convert(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise ValueError
-        return value
+        if low <= (value := kind(text)) <= high:
+            return value
+        raise ValueError
 
     convert.__name__ = f"{kind.__name__} from {low:g} to {high:g}"  # argparse puts it in its error
     return convert
@@ -1073,7 +1073,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         fail("interrupted", exit_code=130)
     except OSError as error:
-        fail(f"--out_dir {args.out_dir}: {error}")
+        fail(f"cannot write to --out_dir {args.out_dir} or the terminal: {error}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -241,4 +241,4 @@ def test_10_gradients_reach_the_first_layer_of_a_deep_network():
             nn.init.ones_(block.bn_2.weight)
     F.cross_entropy(model(torch.randn(16, 1, 28, 28)), torch.arange(16) % 10).backward()
     first, last = model.conv.weight.grad, model.out.weight.grad
-    assert first.norm() > 1e-2 * last.norm()
+    assert 0.1 < first.norm() / last.norm() < 10  # without the shortcuts it is in the thousands
