@@ -285,6 +285,20 @@ def test_a_bad_text_is_named(name, content, tmp_path):
     assert_fails(name, tmp_path, "--input", path, words=["--input", path])
 
 
+def test_a_text_too_short_to_be_scored_with_context_is_named(tmp_path):
+    (tmp_path / "short.txt").write_text("to be or not to be " * 60)
+    words = ["324 words to train on, 36 to test", "--block_size 70"]
+    flags = ["--input", tmp_path / "short.txt", "--block_size", "70"]
+    assert_fails("13_transformer", tmp_path, *flags, words=words)
+
+
+@pytest.mark.parametrize("name", WORD_STEPS)
+def test_a_text_without_a_word_that_occurs_twice_is_named(name, tmp_path):
+    (tmp_path / "once.txt").write_text(" ".join(f"word{i}" for i in range(900)))
+    words = ["once.txt", "no word occurs twice"]
+    assert_fails(name, tmp_path, "--input", tmp_path / "once.txt", words=words)
+
+
 @pytest.mark.parametrize("name", WORD_STEPS)
 def test_a_missing_text_is_named(name, tmp_path, no_network):
     assert_fails(name, tmp_path, "--input", tmp_path / "no.txt", words=["--input", "no.txt"])
@@ -316,7 +330,7 @@ def test_unknown_words_of_a_prompt_are_told(name, standins, tmp_path, capsys):
     step = load_step(name)
     flags = [*tiny_flags(name, standins, tmp_path), "--max_iters", "1", "--prompt", "the zyx"]
     step.train(step.parse_args(flags))
-    assert "<unk>: zyx" in capsys.readouterr().out
+    assert "<unk>: ['zyx']" in capsys.readouterr().out
     assert "the <unk>" in (tmp_path / "samples.txt").read_text()
 
 

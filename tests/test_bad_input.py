@@ -8,16 +8,19 @@ import pytest
 import torch
 from steps import STEPS, load_step, run_main, source, tiny_flags
 
-NUMBER = re.compile(r'flag\(\s*"--(\w+)",\s*type=number\((int|float), ([-+.\de]+)')
+NUMBER = re.compile(
+    r'flag\(\s*"--(\w+)",\s*type=number\((int|float), ([-+.\de]+)(?:, ([-+.\d_e]+))?\)'
+)
 BAD_NUMBERS = [
     (step, flag, bad)
     for step in STEPS
-    for flag, kind, low in NUMBER.findall(source(step))
+    for flag, kind, low, high in NUMBER.findall(source(step))
     for bad in (
         "abc",
         "nan",
         "1e400",
         "-1" if float(low) >= 0 else "-1e30",
+        f"{float(high or 1e9) + 1:.0f}",
         *(["0"] * (float(low) > 0)),
     )
 ]
@@ -75,6 +78,15 @@ def test_diverging_run_stops_and_keeps_what_it_wrote(step, standins, tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text()
 
 
+@pytest.mark.parametrize("step", STEPS[:3])
+def test_a_loss_that_overflows_unseen_is_not_recorded(step, tmp_path):
+    flags = ["--learning_rate", "1e9", "--max_iters", "2", "--eval_interval", "2"]
+    code, errors = run_main(step, *flags, "--n_examples", "500", "--out_dir", tmp_path)
+    assert code == 2
+    assert_one_line(errors, "'iter': 2", "--learning_rate")
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+
+
 @pytest.mark.parametrize("step", [step for step in STEPS if "08" <= step[:2] <= "13"])
 def test_loss_that_is_not_a_number_stops_the_run(step, standins, tmp_path, monkeypatch):
     real = torch.nn.functional.cross_entropy
@@ -116,6 +128,17 @@ def test_truncated_mnist_file_is_named(step, name, standins, tmp_path):
     code, errors = run_main(step, "--data_dir", tmp_path, "--out_dir", tmp_path / "out")
     assert code == 2
     assert_one_line(errors, tmp_path / "MNIST" / "raw", name.split("-")[0])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("step", MNIST_STEPS)
+def test_labels_of_other_images_are_noticed(step, standins, tmp_path):
+    shutil.copytree(standins / "MNIST", tmp_path / "MNIST")
+    raw = tmp_path / "MNIST" / "raw"
+    shutil.copy(raw / "t10k-labels-idx1-ubyte", raw / "train-labels-idx1-ubyte")
+    code, errors = run_main(step, "--data_dir", tmp_path, "--out_dir", tmp_path / "out")
+    assert code == 2
+    assert_one_line(errors, raw / "train", "not as many labels as images")
     assert not (tmp_path / "out").exists()
 
 

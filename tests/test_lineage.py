@@ -2,9 +2,10 @@
 
 import ast
 import re
+import shlex
 
 import pytest
-from steps import ROOT, STEPS, definitions, source
+from steps import ROOT, STEPS, definitions, load_step, source
 
 HEADERS = re.compile(r"^(Parent|New|Changed|Gone): +(.*(?:\n {9}\S.*)*)", re.M)
 
@@ -76,6 +77,17 @@ def test_every_flag_is_read(step):
     }
     assert flags
     assert set(flags) <= read | {"recipe"}  # which is a name for values of other flags
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_what_the_docstring_says_to_try_is_a_command_line(step):
+    doc = ast.get_docstring(ast.parse(source(step)))
+    flag = r"--\w[\w-]*(?: (?!--)[\w.\":]+)?"
+    text = " ".join(re.search(r"^Try: (.*?)^Source:", doc, re.M | re.S)[1].split())
+    groups = [match[0] for match in re.finditer(rf"{flag}(?: {flag})*", text)]
+    assert groups or step.startswith("02")  # there a line is to be taken out
+    for group in groups:
+        load_step(step).parse_args(shlex.split(group))  # leaves with an error where it is none
 
 
 @pytest.mark.parametrize("step", STEPS)
