@@ -57,6 +57,26 @@ def test_shift_is_in_pixels():
     assert rows.min() < -2.5
 
 
+def test_rotation_is_in_degrees_and_stretching_a_fraction_of_each_side():
+    torch.manual_seed(0)
+    x = torch.zeros(256, 1, 28, 28)
+    x[:, :, 13:15, 20:22] = 1  # 7 pixels right of the centre
+    places = torch.arange(28) - 13.5
+
+    def centres(*flags):
+        moved = step.augment(args_for("--shift", 0, *flags), x)[:, 0]
+        mass = moved.sum((1, 2))
+        return (moved.sum(1) * places).sum(1) / mass, (moved.sum(2) * places).sum(1) / mass
+
+    right, down = centres("--rotate", 30, "--scale", 0)
+    angles = torch.atan2(down, right).rad2deg()
+    assert angles.min() < -25 and angles.max() > 25 and angles.abs().max() < 31
+    torch.testing.assert_close(right**2 + down**2, torch.full((256,), 49.0), rtol=0.05, atol=0)
+    right, down = centres("--rotate", 0, "--scale", 0.25)
+    assert 7 / 1.25 - 0.2 < right.min() < 6 and 8.8 < right.max() < 7 / 0.75 + 0.2
+    assert down.abs().max() < 0.1
+
+
 def test_an_epoch_shows_every_image_once_and_the_next_in_another_order():
     still = "--shift 0 --rotate 0 --scale 0 --batch_size 8".split()
     x = torch.arange(43, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 28, 28)
@@ -72,22 +92,68 @@ def test_an_epoch_shows_every_image_once_and_the_next_in_another_order():
 
 
 def test_pixels_are_normalised_with_the_training_sets_statistics(standins, tmp_path, monkeypatch):
-    seen = []
+    seen, sets = [], {}
     evaluate = step.evaluate
 
     def spy(args, model, dataset, stats, name):
+        sets[name] = dataset.tensors
         x = step.normalise(dataset.tensors[0] / 255, stats)
         seen.append((name, stats, x.mean().item(), x.std().item()))
         return evaluate(args, model, dataset, stats, name)
 
     monkeypatch.setattr(step, "evaluate", spy)
     step.train(step.parse_args(run_flags(standins, tmp_path)))
-    train_set, _ = step.load_data(args_for("--data_dir", standins))
+    train_set, test_set = step.load_data(args_for("--data_dir", standins))
+    assert all(torch.equal(*pair) for pair in zip(sets["test"], test_set.tensors))
+    assert all(torch.equal(a, b[: len(a)]) for a, b in zip(sets["train"], train_set.tensors))
     pixels = train_set.tensors[0] / 255
     for _, (mean, std), _, _ in seen:
         assert mean.item() == pytest.approx(pixels.mean().item(), rel=1e-5)
         assert std.item() == pytest.approx(pixels.std().item(), rel=1e-5)
     assert all(abs(mean) < 0.1 and abs(std - 1) < 0.1 for _, _, mean, std in seen)
+
+
+def test_evaluation_is_the_mean_over_views_of_every_image():
+    torch.manual_seed(0)
+    args, stats = args_for("--dtype", "float32"), (0.1, 0.3)
+    model = step.ResNet(4, 1, 10)
+    model(images(64) - 1)  # running statistics that differ from a batch's
+    x = torch.randint(256, (1100, 1, 28, 28), dtype=torch.uint8)  # two parts, one short
+    y = torch.randint(10, (1100,))
+    result = step.evaluate(args, model, TensorDataset(x, y), stats, "test")
+    assert model.training
+    model.eval()
+    pixels = step.normalise(x / 255, stats)
+    with torch.no_grad():
+        views = [(0, 0), (0, 1), (0, -1), (1, 0), (-1, 0)]
+        logits = torch.stack([model(pixels.roll(view, (2, 3))) for view in views]).mean(0)
+    loss = torch.nn.functional.cross_entropy(logits, y).item()
+    assert result["test_loss"] == pytest.approx(loss, rel=1e-5)
+    assert result["test_accuracy"] == pytest.approx((logits.argmax(1) == y).float().mean().item())
+
+
+def test_every_update_has_its_gradient_and_its_rate(standins, tmp_path, monkeypatch):
+    make_optimizer, cross_entropy, calls = step.make_optimizer, step.F.cross_entropy, []
+
+    def spy_optimizer(args, model):
+        optimizer = make_optimizer(args, model)
+        zero_grad, update = optimizer.zero_grad, optimizer.step
+        optimizer.zero_grad = lambda: (calls.append("zero_grad"), zero_grad())
+        optimizer.step = lambda: (calls.append(optimizer.param_groups[0]["lr"]), update())
+        return optimizer
+
+    def spy_loss(logits, y, label_smoothing=0.0):
+        calls.append(f"smoothing {label_smoothing}")
+        return cross_entropy(logits, y, label_smoothing=label_smoothing)
+
+    monkeypatch.setattr(step, "make_optimizer", spy_optimizer)
+    monkeypatch.setattr(step.F, "cross_entropy", spy_loss)
+    args = step.parse_args(run_flags(standins, tmp_path, "--eval_interval", 9))
+    step.train(args)
+    rates = [step.schedule(args, i) for i in range(4)]
+    updates = [call for rate in rates for call in ("smoothing 0.1", "zero_grad", rate)]
+    both_sets = ["smoothing 0.0"] * 2  # of the evaluations before and after
+    assert calls == [*both_sets, *updates, *both_sets]
 
 
 def test_bfloat16_and_float32_agree(standins, tmp_path):

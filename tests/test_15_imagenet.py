@@ -196,6 +196,7 @@ def test_batches_are_a_function_of_seed_and_iteration(step, tree, tmp_path):
     epochs = [[i for batch in batches[e * n : e * n + n] for i, _ in batch] for e in range(3)]
     assert all(len(set(epoch)) == 8 * n for epoch in epochs)  # every image once
     assert epochs[0] != epochs[1]
+    assert len({key for batch in batches for _, key in batch}) == 3 * 8 * n  # never the same crop
     x, _ = images[batches[4][0]]
     again, _ = images[batches[4][0]]
     assert torch.equal(x, again) and x.dtype == torch.uint8 and x.shape == (3, 16, 16)
@@ -204,18 +205,33 @@ def test_batches_are_a_function_of_seed_and_iteration(step, tree, tmp_path):
 
 
 def test_every_validation_image_counts_once(step, tree, tmp_path):
-    args = flags(step, tree, tmp_path, "--batch_size", "5")
+    args = flags(step, tree, tmp_path, "--batch_size", "5", "--test_size", "24")
     _, images, _ = step.load_data(args)
-    seen = []
+    guess, seen = torch.tensor([0.0, 1, 8, 9, 4, 5, 6, 7]), []
 
     class Spy(nn.Module):
         def forward(self, x):
-            seen.append(len(x))
-            return torch.arange(4.0).expand(len(x), 4)
+            assert not self.training and x.shape[1:] == (3, 24, 24)
+            seen.append(x)
+            return guess.expand(len(x), 8)
 
     result = step.evaluate(args, Spy(), images, step.image_stats("cpu"))
-    assert sum(seen) == len(images.rows) == 16 and seen[-1] == 1
-    assert result["top1"] == 0.25 and result["top5"] == 1
+    seen = torch.cat(seen)
+    assert len(seen) == len(images.rows) == 16 == len(seen.unique(dim=0))
+    assert result["top1"] == 0.25 and result["top5"] == 0.5  # of the four labels 3, and 2 and 3
+    assert result["val_loss"] == pytest.approx((guess.logsumexp(0) - guess[:4].mean()).item())
+
+
+def test_evaluation_sees_the_middle(step):
+    image = torch.zeros(3, 40, 80, dtype=torch.uint8)
+    image[:, 10:30, 30:50] = 255
+    args = step.parse_args(["--recipe", "tiny", "--test_size", "16", "--test_crop", "0.5"])
+    assert step.crop(args, image, None).min() == 255
+    args.test_crop = 0.6
+    assert step.crop(args, image, None).min() == 0
+    wide = step.crop(args, image, 7)
+    assert wide.shape == (3, args.train_size, args.train_size)
+    assert torch.equal(wide, step.crop(args, image, 7))
 
 
 def test_mixing_keeps_the_shares(step):
@@ -297,8 +313,63 @@ def test_killed_at_five_moments_ends_bit_identical(tree, tmp_path):
             [s["momentum_buffer"] for s in c["optimizer"]["state"].values()] for c in (a, b)
         ]
         assert all(torch.equal(x, y) for x, y in zip(*momentum))
+    best = b["state"]["record"]  # of best.pt
     a, b = (metrics(tmp_path / run) for run in ("whole", "broken"))
     assert a == b and len(a) == 7
+    assert best["iter"] == max(a, key=lambda record: record["top1"])["iter"]  # the first of equals
+
+
+def test_what_is_evaluated_is_the_average_of_the_weights(step, tree, tmp_path, monkeypatch):
+    small_net(step, monkeypatch)
+    update_ema, evaluate, weights, evaluated = step.update_ema, step.evaluate, [], []
+
+    def snapshot(model):
+        return {k: v.clone().float() for k, v in model.state_dict().items()}
+
+    def spy_update(ema, model, decay):
+        weights.append(snapshot(model))
+        update_ema(ema, model, decay)
+
+    def spy_evaluate(args, model, *rest):
+        evaluated.append(snapshot(model))
+        return evaluate(args, model, *rest)
+
+    monkeypatch.setattr(step, "update_ema", spy_update)
+    monkeypatch.setattr(step, "evaluate", spy_evaluate)
+    step.train(flags(step, tree, tmp_path, "--ema_decay", "0.3"))
+    assert len(weights) == 6 and len(evaluated) == 4
+    average = evaluated[0]
+    for i, new in enumerate(weights):
+        decay = min(0.3, (i + 1) / (i + 10))
+        average = {k: decay * v + (1 - decay) * new[k] for k, v in average.items()}
+    for name in (name for name in average if "num_batches" not in name):
+        torch.testing.assert_close(evaluated[-1][name], average[name])
+        assert not torch.equal(average[name], weights[-1][name])
+
+
+def test_every_update_has_its_gradient_and_its_rate(step, tree, tmp_path, monkeypatch):
+    small_net(step, monkeypatch)
+    make_optimizer, cross_entropy, calls = step.make_optimizer, step.F.cross_entropy, []
+
+    def spy_optimizer(args, model):
+        optimizer = make_optimizer(args, model)
+        zero_grad, update = optimizer.zero_grad, optimizer.step
+        optimizer.zero_grad = lambda: (calls.append("zero_grad"), zero_grad())
+        optimizer.step = lambda: (calls.append(optimizer.param_groups[0]["lr"]), update())
+        return optimizer
+
+    def spy_loss(logits, y, label_smoothing=0.0, **more):
+        calls.append(f"smoothing {label_smoothing}")
+        return cross_entropy(logits, y, label_smoothing=label_smoothing, **more)
+
+    monkeypatch.setattr(step, "make_optimizer", spy_optimizer)
+    monkeypatch.setattr(step.F, "cross_entropy", spy_loss)
+    args = flags(step, tree, tmp_path, "--eval_interval", "9")
+    step.train(args)
+    rates = [step.schedule(args, i) for i in range(6)]
+    updates = [call for rate in rates for call in ("smoothing 0.1", "zero_grad", rate)]
+    two_batches = ["smoothing 0.0"] * 2  # of the evaluations before and after
+    assert calls == [*two_batches, *updates, *two_batches]
 
 
 def metrics(out_dir):

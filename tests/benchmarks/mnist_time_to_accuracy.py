@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 RUNS = {
     "09_mnist_convnet": "",
     "10_mnist_resnet": "",
-    "14_resnet_gpu, in a hurry": "--max_iters 1000 --eval_interval 1000 --n_channel 16",
+    "14_resnet_gpu, in a hurry": "--max_iters 1000 --n_channel 16 --rotate 6 --scale 0.06",
     "14_resnet_gpu": "",
 }
 
