@@ -337,10 +337,6 @@ def train(args):
                 record["images_per_second"] = n_iters * args.batch_size / whole
             since, since_iter = seconds, iter_num
             log_metrics(args, record)
-            if not math.isfinite(record["train_loss"]):
-                fail(
-                    f"loss not finite at iteration {iter_num}: --learning_rate {args.learning_rate}"
-                )
             bar.set_postfix(loss=f"{record['train_loss']:.4f}")
             if iter_num == args.max_iters:
                 break
