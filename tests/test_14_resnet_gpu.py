@@ -60,7 +60,7 @@ def test_shift_is_in_pixels():
 def test_rotation_is_in_degrees_and_stretching_a_fraction_of_each_side():
     torch.manual_seed(0)
     x = torch.zeros(256, 1, 28, 28)
-    x[:, :, 13:15, 20:22] = 1  # 7 pixels right of the centre
+    x[:, :, 20:22, 20:22] = 1  # 7 pixels right of the centre and 7 below
     places = torch.arange(28) - 13.5
 
     def centres(*flags):
@@ -69,12 +69,13 @@ def test_rotation_is_in_degrees_and_stretching_a_fraction_of_each_side():
         return (moved.sum(1) * places).sum(1) / mass, (moved.sum(2) * places).sum(1) / mass
 
     right, down = centres("--rotate", 30, "--scale", 0)
-    angles = torch.atan2(down, right).rad2deg()
+    angles = torch.atan2(down, right).rad2deg() - 45
     assert angles.min() < -25 and angles.max() > 25 and angles.abs().max() < 31
-    torch.testing.assert_close(right**2 + down**2, torch.full((256,), 49.0), rtol=0.05, atol=0)
+    torch.testing.assert_close(right**2 + down**2, torch.full((256,), 98.0), rtol=0.05, atol=0)
     right, down = centres("--rotate", 0, "--scale", 0.25)
-    assert 7 / 1.25 - 0.2 < right.min() < 6 and 8.8 < right.max() < 7 / 0.75 + 0.2
-    assert down.abs().max() < 0.1
+    for side in (right, down):
+        assert 7 / 1.25 - 0.2 < side.min() < 6 and 8.8 < side.max() < 7 / 0.75 + 0.2
+    assert (right - down).abs().max() > 2
 
 
 def test_an_epoch_shows_every_image_once_and_the_next_in_another_order():
