@@ -1,10 +1,9 @@
 """Step 17: GPT-2 124M on OpenWebText, on one GPU or on many machines.
 
 Parent:  16_nanogpt_shakespeare
-New:     load_bpe, tokenise, prepare, check_ids, to_device, flops_per_token,
-         read_safetensors, write_safetensors, turned, load_hf, make_model, export_hf,
-         all_sum, hellaswag, whole, sharded_like, parallelise, average_gradients,
-         join_processes, measure_speed
+New:     load_bpe, tokenise, prepare, check_ids, to_device, flops_per_token, turned,
+         load_hf, make_model, export_hf, all_sum, hellaswag, whole, sharded_like,
+         join_processes, parallelise, average_gradients, measure_speed
 Changed: encode, load_data, minibatches, MLP, evaluate, sample, save_checkpoint,
          load_checkpoint, setup_device, autocast, train, write_samples, parse_args
 Gone:    download
@@ -40,6 +39,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record as show_error
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -52,6 +52,7 @@ from plot import plot_run
 # ---------- data ----------
 
 
+NO_BPE = "GPT-2's BPE needs a network once, or its cache in TIKTOKEN_CACHE_DIR"
 OPENWEBTEXT = "hf://datasets/Skylion007/openwebtext@refs%2Fconvert%2Fparquet/plain_text/train/"
 
 
@@ -96,15 +97,13 @@ def prepare(args):
     import datasets  # takes seconds, and only preparing needs it
 
     if load_bpe() is None:
-        fail("--prepare needs GPT-2's BPE: a network once, or its cache in TIKTOKEN_CACHE_DIR")
+        fail(f"--prepare: {NO_BPE}")
     files = [str(path) for path in args.corpus]
     files = files or [f"{OPENWEBTEXT}{i:04d}.parquet" for i in range(80)]
     kinds = {".jsonl": "json", ".txt": "text", ".parquet": "parquet"}
     kind = {kinds.get(Path(file).suffix) for file in files}
-    if len(kind) > 1 or None in kind or not all(path.is_file() for path in args.corpus):
-        fail(
-            f"--corpus {' '.join(files[:5])}: needs files that all end in .jsonl, .txt or .parquet"
-        )
+    if len(kind) > 1 or None in kind:
+        fail(f"--corpus {' '.join(files[:5])}: all must end in .jsonl, all in .txt or .parquet")
     options = {"sample_by": "document"} if kind == {"text"} else {}
     options |= {"cache_dir": str(args.cache_dir / "datasets"), "split": "train"}
     try:
@@ -313,36 +312,6 @@ def flops_per_token(args):
     return 6 * n_matrices + 12 * args.n_layer * args.n_embd * args.block_size
 
 
-def read_safetensors(path):
-    """Return a file's tensors by name: 8 bytes of length, a JSON header, then their bytes."""
-    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    data = path.read_bytes()
-    start = 8 + int.from_bytes(data[:8], "little")
-    tensors = {}
-    for name, about in json.loads(data[8:start]).items():
-        if about.get("dtype") in dtypes:  # the others are masks, and the header's own comments
-            first, last = about["data_offsets"]
-            piece = bytearray(data[start + first : start + last])
-            tensor = torch.frombuffer(piece, dtype=dtypes[about["dtype"]])
-            tensors[name] = tensor.view(about["shape"]).float()
-    return tensors
-
-
-def write_safetensors(path, tensors):
-    """Write tensors by name in float32."""
-    header, at = {"__metadata__": {"format": "pt"}}, 0
-    for name, tensor in tensors.items():
-        size = 4 * tensor.numel()
-        about = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [at, at + size]}
-        header[name], at = about, at + size
-    header = json.dumps(header).encode()
-    header += b" " * (-len(header) % 8)
-    with open(path, "wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        for tensor in tensors.values():
-            file.write(tensor.float().contiguous().numpy().tobytes())
-
-
 def turned(name, tensor):
     """Return a weight as the other side keeps it: the published GPT-2's matrices are transposed."""
     return tensor.T if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else tensor
@@ -364,7 +333,7 @@ def load_hf(args):
         sizes = {k: config[k] for k in ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions")}
         tensors = {}
         for path in sorted(folder.glob("*.safetensors")):
-            tensors |= read_safetensors(path)
+            tensors |= load_file(path)
     except Exception as error:  # the hub's own kinds, and every way a file can be damaged
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         fail(f"--init_from {args.init_from}: no whole GPT-2 there, no download of one ({reason})")
@@ -403,11 +372,11 @@ def export_hf(args, weights):
     config |= {"n_positions": args.block_size, "bos_token_id": 50256, "eos_token_id": 50256}
     (args.export_hf / "config.json").write_text(json.dumps(config, indent=2))
     del weights["lm_head.weight"]  # tied to wte there, too
-    tensors = {f"transformer.{k}": turned(k, tensor.cpu()) for k, tensor in weights.items()}
+    tensors = {f"transformer.{k}": turned(k, v.cpu()).contiguous() for k, v in weights.items()}
     for k, tensor in weights.items():
         if not args.bias and not k.startswith(("wte", "wpe")):  # biases everywhere there
             tensors[f"transformer.{k.removesuffix('weight')}bias"] = torch.zeros(len(tensor))
-    write_safetensors(args.export_hf / "model.safetensors", tensors)
+    save_file(tensors, args.export_hf / "model.safetensors", metadata={"format": "pt"})
 
 
 # ---------- optimizer ----------
@@ -543,9 +512,9 @@ def generate(args, model, ids, stop=(), use_cache=True):
 
 def sample(args, model):
     """Return num_samples texts that begin with --prompt and that end with --stop, if it comes."""
+    if args.max_new_tokens == 0 or load_bpe() is None:
+        return f"(no sample: {NO_BPE})" if args.max_new_tokens else ""
     bpe = load_bpe()
-    if bpe is None:
-        return "(no sample: GPT-2's BPE needs a network once, or its cache in TIKTOKEN_CACHE_DIR)"
     prompt = encode(args, args.prompt, "--prompt").to(args.device)
     stop = encode(args, args.stop, "--stop").to(args.device)
     rows = generate(args, model, prompt.repeat(args.num_samples, 1), stop).tolist()
@@ -696,8 +665,10 @@ def setup_device(args):
         join_processes("nccl" if args.device == "cuda" else "gloo")
     args.rank = dist.get_rank() if dist.is_initialized() else 0
     args.world_size = dist.get_world_size() if dist.is_initialized() else 1
+    cpu = torch.cpu.get_capabilities() if args.device == "cpu" else {}
+    if not cpu.get("amx_bf16"):  # float32 products: TF32 on a GPU; on a CPU oneDNN's, still exact
+        torch.set_float32_matmul_precision("medium")
     if args.dtype == "auto":
-        cpu = torch.cpu.get_capabilities() if args.device == "cpu" else {}
         fast = args.device == "cuda" or cpu.get("avx512_bf16") or cpu.get("amx_bf16")
         args.dtype = "bfloat16" if fast else "float32"
         if args.device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
@@ -740,11 +711,9 @@ def parallelise(args, model, device):
             fully_shard(block, mesh=mesh, mp_policy=policy)
         return fully_shard(model, mesh=mesh, mp_policy=policy).to(device)
     model.to(device)
-    return (
-        DistributedDataParallel(model, gradient_as_bucket_view=True)
-        if dist.is_initialized()
-        else model
-    )
+    if dist.is_initialized():
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return model
 
 
 def average_gradients(runner, on):
@@ -766,9 +735,7 @@ def measure_speed(args, tokens, seconds, device):
     if args.device == "cuda":
         memory = torch.cuda.max_memory_allocated(device)
         name = torch.cuda.get_device_name(device)
-        known = [
-            peak for kind, peak in PEAK_TFLOPS.items() if set(kind.split()) <= set(name.split())
-        ]
+        known = [p for kind, p in PEAK_TFLOPS.items() if set(kind.split()) <= set(name.split())]
         if args.dtype != "float32" and known:
             tflops = tflops or known[0]
     else:
@@ -815,11 +782,11 @@ def train(args, stop=None):
     torch.manual_seed(args.seed)
     model = make_model(args)
     train_ids, val_ids = load_data(args)
-    if load_bpe() is not None:
+    if args.max_new_tokens and load_bpe():
         for flag in ("prompt", "stop"):
             encode(args, getattr(args, flag), f"--{flag}")
-    elif args.hellaswag:
-        fail("--hellaswag needs GPT-2's BPE: a network once, or its cache in TIKTOKEN_CACHE_DIR")
+    if args.hellaswag and not load_bpe():
+        fail(f"--hellaswag: {NO_BPE}")
     n_params = sum(p.numel() for p in model.parameters())
     forward = parallelise(args, model, device)
     optimizers = make_optimizers(args, model)
@@ -836,7 +803,7 @@ def train(args, stop=None):
     torch.manual_seed(args.seed + args.rank)  # every process drops out its own units
     # A job that torchrun or Slurm restarts goes on. torchrun counts restarts on each machine alone.
     restarts = [int(os.environ.get(f"{who}_RESTART_COUNT", 0)) for who in ("TORCHELASTIC", "SLURM")]
-    if any(all_sum(restarts, device)) and last.is_file():
+    if all_sum([sum(restarts)], device) != [0] and last.is_file():
         args.init_from = "resume"
     if args.init_from == "resume":
         state = load_checkpoint(args, last, parts)
@@ -853,8 +820,8 @@ def train(args, stop=None):
     since, since_iter, speed, stopping = time.perf_counter(), first, {}, False
 
     iters = range(first, args.max_iters + 1)
-    quiet = None if talks else True
-    for iter_num in (bar := tqdm(iters, total=iters.stop, initial=first, disable=quiet)):
+    bar = tqdm(iters, total=iters.stop, initial=first, disable=None if talks else True)
+    for iter_num in bar:
         done = iter_num == args.max_iters or args.eval_only
         evaluating = iter_num % args.eval_interval == 0 or done
         state |= {"iter_num": iter_num, "seconds": time.perf_counter() - start}

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from steps import ROOT, STEPS, load_step, run_alone, tiny_flags
 
-TIMES = {"seconds", "images_per_second", "tokens_per_second", "mfu", "data_share"}
+TIMES = {"seconds", "images_per_second", "tokens_per_second", "mfu", "data_share", "memory_gib"}
 
 
 def records(out_dir):
