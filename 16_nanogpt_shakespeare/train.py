@@ -130,12 +130,11 @@ class CausalSelfAttention(nn.Module):
             cache[:] = [torch.cat(pair, dim=2) for pair in zip(cache, (k, v))] if cache else [k, v]
             k, v = cache  # (B, H, S, D), S positions so far
         p = self.dropout if self.training else 0.0
-        if self.sdpa:
+        if self.sdpa or cache is not None:
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=T > 1)
         else:
-            scores = q @ k.mT / math.sqrt(C // self.n_head)  # (B, H, T, S)
-            hidden = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device)
-            hidden = hidden.triu(1 + k.shape[2] - T)  # what comes after the position
+            scores = q @ k.mT / math.sqrt(C // self.n_head)  # (B, H, T, T)
+            hidden = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)  # what comes after
             y = F.dropout(scores.masked_fill(hidden, -math.inf).softmax(dim=3), p) @ v
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
 
@@ -267,7 +266,8 @@ def generate(args, model, ids, stop=(), use_cache=True):
     """Return ids (B, N) and max_new_tokens more; fewer, once every row has had stop.
 
     Keys and values of earlier characters are cached. Positions are absolute, so a full block
-    cannot slide: it starts anew from its last half, once in block_size / 2 characters.
+    cannot slide: it starts anew from its last half, once in block_size / 2 characters. There is no
+    autocast: for one character at a time, casting the weights takes longer than it saves.
     """
     model.eval()
     generator = torch.Generator(ids.device).manual_seed(args.seed)  # training has another one
@@ -277,8 +277,7 @@ def generate(args, model, ids, stop=(), use_cache=True):
             start, cache = ids.shape[1] - (args.block_size + 1) // 2, None
         new = ids[:, start:] if cache is None else ids[:, -1:]
         cache = cache or [[] for _ in model.h]
-        with autocast(args):
-            logits = model(new, cache)[:, -1].float()  # (B, V)
+        logits = model(new, cache)[:, -1].float()  # (B, V)
         cache = cache if use_cache else None
         if args.top_k:
             kth = logits.topk(min(args.top_k, logits.shape[1])).values[:, -1:]  # (B, 1)
