@@ -36,7 +36,7 @@ STEP = Path(__file__).resolve().parents[2] / "16_nanogpt_shakespeare"
 CPU = "--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64"
 CPU += " --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000"
 CPU += " --lr_decay_iters=2000 --dropout=0.0 --dtype=float32"
-QUARTER = "--max_iters 260 --eval_interval 260"
+QUARTER = "--max_iters 250"
 
 
 def run(command, folder):
