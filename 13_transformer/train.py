@@ -412,25 +412,25 @@ def parse_args(argv=None):
     flag("--input", type=Path, help="train on this UTF-8 text instead")
     flag("--batch_size", type=number(int, 1), default=16, help="examples in a minibatch")
     flag = parser.add_argument_group("model").add_argument
-    flag("--block_size", type=number(int, 1), default=64, help="words that the model sees")
+    flag("--block_size", type=number(int, 1), default=32, help="words that the model sees")
     flag("--n_layer", type=number(int, 1), default=2, help="blocks")
     flag("--n_head", type=number(int, 1), default=4, help="heads; divides n_embd")
     flag("--n_embd", type=number(int, 1), default=128, help="length of a word's vector")
-    flag("--dropout", type=number(float, 0, 0.99), default=0.3, help="share of units dropped")
+    flag("--dropout", type=number(float, 0, 0.99), default=0.2, help="share of units dropped")
     sdpa = argparse.BooleanOptionalAction
     flag("--sdpa", action=sdpa, default=True, help="torch's attention, not the one written out")
     flag = parser.add_argument_group("optimizer").add_argument
     flag("--learning_rate", type=number(float, 1e-9), default=3e-3, help="Adam's, at its highest")
     flag("--warmup_iters", type=number(int, 0), default=300, help="iterations of rising rate")
     flag("--weight_decay", type=number(float, 0), default=0.5, help="pull of matrices to 0")
-    flag("--max_iters", type=number(int, 1), default=2000, help="minibatches to train on")
+    flag("--max_iters", type=number(int, 1), default=4000, help="minibatches to train on")
     flag = parser.add_argument_group("sampling").add_argument
     flag("--prompt", default="\n", help="the samples' beginning; unknown words become <unk>")
     flag("--max_new_tokens", type=number(int, 0), default=100, help="words in a sample")
     flag("--temperature", type=number(float, 1e-6), default=0.8, help="1: as guessed; less: safer")
     flag("--top_k", type=number(int, 0), default=40, help="of the k likeliest only; 0: of all")
     flag = parser.add_argument_group("logging").add_argument
-    flag("--eval_stride", type=number(int, 1), default=32, help="words a test window is scored on")
+    flag("--eval_stride", type=number(int, 1), default=16, help="words a test window is scored on")
     flag("--eval_interval", type=number(int, 1), default=500, help="iterations between evaluations")
     flag("--log_interval", type=number(int, 1), default=10, help="iterations between bar updates")
     flag("--out_dir", type=Path, default=here / "out", help="everything the run writes")
