@@ -3,7 +3,7 @@
 Parent:  16_nanogpt_shakespeare
 New:     load_bpe, tokenise, prepare, check_ids, to_device, flops_per_token, turned,
          load_hf, make_model, export_hf, all_sum, hellaswag, whole, sharded_like,
-         join_processes, parallelise, average_gradients, measure_speed
+         join_processes, keep_memory, parallelise, average_gradients, measure_speed
 Changed: encode, load_data, minibatches, MLP, evaluate, sample, save_checkpoint,
          load_checkpoint, setup_device, autocast, train, write_samples, parse_args
 Gone:    download
@@ -19,6 +19,7 @@ Source:  Radford et al. 2019, "Language models are unsupervised multitask learne
 """
 
 import argparse
+import ctypes
 import functools
 import hashlib
 import json
@@ -652,6 +653,17 @@ def join_processes(backend):
     dist.init_process_group(backend, store=store, rank=int(rank), world_size=int(world_size))
 
 
+def keep_memory():
+    """Let glibc keep what is freed.
+
+    To get large tensors anew from the system, page by page, takes longer than to compute them.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: large tensors come from the heap, too,
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which never shrinks
+
+
 def setup_device(args):
     """Return the device; join the other processes; settle dtype and compile."""
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -664,6 +676,8 @@ def setup_device(args):
         join_processes("nccl" if args.device == "cuda" else "gloo")
     args.rank = dist.get_rank() if dist.is_initialized() else 0
     args.world_size = dist.get_world_size() if dist.is_initialized() else 1
+    if args.device == "cpu":
+        keep_memory()
     cpu = torch.cpu.get_capabilities() if args.device == "cpu" else {}
     if not cpu.get("amx_bf16"):  # float32 products: TF32 on a GPU; on a CPU oneDNN's, still exact
         torch.set_float32_matmul_precision("medium")

@@ -326,9 +326,10 @@ def test_hellaswag_prefers_the_likelier_ending(tmp_path, bytes_as_bpe):
         def forward(self, x):
             return 9.0 * F.one_hot((x + 1) % 300, 300)
 
-    right = {"ctx": "abc", "endings": ["cde", "xxxxxx", '!"#', "zz"], "label": 2}
+    long = {"ctx": "abc", "endings": ["abcdefgh", "!", "zz", "qq"], "label": 0}  # the mean decides
+    short = {"ctx": "zxzx", "endings": ["abab", "!", "zz", "qq"], "label": 1}  # the ending alone
     wrong = {"ctx": "abc", "endings": ["ddd", "d", "qq", '!"#$%&'], "label": 0}
-    lines = [json.dumps(question) + "\n" for question in (right, wrong, right, wrong)]
+    lines = [json.dumps(question) + "\n" for question in (long, wrong, short, wrong)]
     args.hellaswag.write_text("".join(lines))
     assert step.hellaswag(args, Successor(), torch.device("cpu")) == 0.5
 
@@ -632,7 +633,7 @@ def test_a_corrupt_shard(small_data, tmp_path):
 
 def test_a_full_disk_leaves_the_old_checkpoint(small_data, tmp_path, monkeypatch):
     run(small_data, tmp_path)
-    before = (tmp_path / "last.pt").read_bytes()
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.pt")}
 
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -640,7 +641,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(small_data, tmp_path, monkeypatch
     monkeypatch.setattr(os, "fsync", full)
     flags = ["--init_from", "resume", "--max_iters", 9]
     assert_one_line(bad(small_data, tmp_path, *flags), ".pt cannot be written", "No space left")
-    assert (tmp_path / "last.pt").read_bytes() == before
+    assert before == {path: path.read_bytes() for path in tmp_path.glob("*.pt")}
     assert not list(tmp_path.glob("*.tmp"))
 
 
