@@ -472,6 +472,7 @@ def test_killed_and_resumed_is_bit_identical(processes, which, small_data, tmp_p
 def test_torchrun_restarts_it_unattended(small_data, tmp_path, unbroken):
     code, output = kill(small_data, tmp_path, "one", *LONG, processes=2, restarts=2)
     assert code == 0, output
+    assert output.count("iter 0  seconds") == 1  # it goes on, it does not begin anew
     assert_equal(checkpoint(tmp_path), unbroken[2])
     assert [r["iter"] for r in records(tmp_path)] == list(range(0, 41, 4))
 
