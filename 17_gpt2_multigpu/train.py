@@ -22,6 +22,7 @@ import argparse
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -40,7 +41,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record as show_error
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -324,6 +324,8 @@ def load_hf(args):
     """
     folder = Path(args.init_from)
     try:
+        from safetensors.torch import load_file  # only --init_from and --export_hf need it
+
         if not folder.is_dir():
             from huggingface_hub import snapshot_download
 
@@ -365,6 +367,8 @@ def export_hf(args, weights):
     """Write --export_hf, a folder that transformers' GPT2LMHeadModel.from_pretrained loads."""
     if args.rank > 0:
         return
+    from safetensors.torch import save_file
+
     args.export_hf.mkdir(parents=True, exist_ok=True)
     config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}
     config |= {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
@@ -1038,6 +1042,8 @@ def parse_args(argv=None):
         parser.error("--prompt is empty: the model goes on from at least one token")
     if args.n_embd % args.n_head:
         parser.error(f"--n_embd {args.n_embd} is not divisible by --n_head {args.n_head}")
+    if args.export_hf and importlib.util.find_spec("safetensors") is None:
+        parser.error("--export_hf needs safetensors: pip install safetensors")
     return args
 
 
