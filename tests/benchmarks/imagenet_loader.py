@@ -23,6 +23,7 @@ from torchvision.datasets import ImageFolder
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from steps import load_step
+from table import row
 
 BATCH = 64
 
@@ -93,6 +94,9 @@ def main():
         middle = statistics.median(values[1:])
         least, most = min(values[1:]), max(values[1:])
         print(f"{name:24s} {middle / base:6.2f} {middle:9.0f} {least:7.0f} {most:7.0f}")
+    for name in ("step 15, full size", "step 15, packed at 256"):
+        middle = statistics.median(rates[name][1:])
+        row(f"images/s on a core, {name} and a PIL DataLoader", middle, base)
     if torch.cuda.is_available():
         from torchvision.io import decode_jpeg
 

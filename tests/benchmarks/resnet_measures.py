@@ -21,6 +21,7 @@ from torch.utils.data import TensorDataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from steps import load_step
+from table import row
 
 step_10, step_14 = load_step("10"), load_step("14")
 MEASURES = [  # each line keeps what the lines above it switched on
@@ -106,3 +107,4 @@ if __name__ == "__main__":
     for i, (name, _) in enumerate(measures):
         gain, whole = medians[i] / medians[max(0, i - 1)], medians[i] / medians[0]
         print(f"{name:42s} {gain:5.2f}x {whole:6.2f}x {medians[i]:9.0f}")
+    row("images/s in training, all measures and none", medians[-1], medians[0])
