@@ -3,6 +3,7 @@
 import functools
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from steps import ROOT, STEPS, load_step, run_alone, tiny_flags
@@ -53,15 +54,27 @@ def test_same_seed_same_metrics(step, tiny_run, standins, tmp_path):
     assert first != other
 
 
+@pytest.fixture(scope="module")
+def runs_alone(request, standins, tmp_path_factory):
+    """Two at a time, run every step under test in a folder of its own: {step: its future}."""
+
+    def run(step, folder):
+        alone, elsewhere = folder / "alone", folder / "elsewhere"
+        shutil.copytree(ROOT / step, alone, ignore=shutil.ignore_patterns("out", "__pycache__"))
+        elsewhere.mkdir()
+        flags = tiny_flags(step, standins, alone / "out")
+        del flags[flags.index("--out_dir") : flags.index("--out_dir") + 2]  # it is beside train.py
+        return run_alone(alone, *flags, cwd=elsewhere), alone, elsewhere
+
+    mine = [i for i in request.session.items if "runs_alone" in getattr(i, "fixturenames", ())]
+    steps = [item.callspec.params["step"] for item in mine]
+    with ThreadPoolExecutor(2) as pool:
+        yield {step: pool.submit(run, step, tmp_path_factory.mktemp(step)) for step in steps}
+
+
 @pytest.mark.parametrize("step", STEPS)
-def test_folder_runs_when_copied_alone(step, standins, tmp_path):
-    alone = tmp_path / "alone"
-    shutil.copytree(ROOT / step, alone, ignore=shutil.ignore_patterns("out", "__pycache__"))
-    flags = tiny_flags(step, standins, alone / "out")
-    del flags[flags.index("--out_dir") : flags.index("--out_dir") + 2]  # the default is beside it
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    result = run_alone(alone, *flags, cwd=elsewhere)
+def test_folder_runs_when_copied_alone(step, runs_alone):
+    result, alone, elsewhere = runs_alone[step].result()
     assert result.returncode == 0, result.stderr
     assert (alone / "out" / "metrics.jsonl").exists()
     assert not list(elsewhere.iterdir())
