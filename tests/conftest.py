@@ -1,11 +1,14 @@
 """Fixtures: stand-in data for every step, and real data where DATA_DIR has it."""
 
 import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import standins as standins_script
 import torch
+from steps import ROOT, run_alone, tiny_flags
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
@@ -35,3 +38,22 @@ def no_network(monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr("urllib.request.urlopen", urlopen)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def runs_alone(request, standins, tmp_path_factory):
+    """Run every step under test in a folder of its own, beside the other tests: {step: future}."""
+
+    def run(step, folder):
+        alone, elsewhere = folder / "alone", folder / "elsewhere"
+        shutil.copytree(ROOT / step, alone, ignore=shutil.ignore_patterns("out", "__pycache__"))
+        elsewhere.mkdir()
+        flags = tiny_flags(step, standins, alone / "out")
+        del flags[flags.index("--out_dir") : flags.index("--out_dir") + 2]  # it is beside train.py
+        return run_alone(alone, *flags, cwd=elsewhere), alone, elsewhere
+
+    mine = [i for i in request.session.items if "copied_alone" in i.name]
+    steps = [item.callspec.params["step"] for item in mine]
+    pool = ThreadPoolExecutor(1)
+    yield {step: pool.submit(run, step, tmp_path_factory.mktemp(step)) for step in steps}
+    pool.shutdown(cancel_futures=True)

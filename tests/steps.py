@@ -95,7 +95,7 @@ def run_main(step, *flags, script="train.py"):
 def run_alone(folder, *flags, cwd, timeout=300):
     """Run a folder's train.py in a process of its own, away from the repository."""
     env = {k: v for k, v in os.environ.items() if k not in ("DATA_DIR", "PYTHONPATH")}
-    env["OMP_NUM_THREADS"] = "1"  # two may run at a time
+    env["OMP_NUM_THREADS"] = "1"  # it runs beside other tests
     command = [sys.executable, str(folder / "train.py"), *map(str, flags)]
     return subprocess.run(
         command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout

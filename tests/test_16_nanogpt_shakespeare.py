@@ -339,9 +339,8 @@ def assert_equal(a, b):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_killed_and_resumed_is_bit_identical(optimizer, standins, tmp_path):
-    flags = [*tiny_flags(STEP, standins, tmp_path / "killed"), "--optimizer", optimizer]
+def test_killed_and_resumed_is_bit_identical(standins, tmp_path):  # Muon's state and AdamW's
+    flags = tiny_flags(STEP, standins, tmp_path / "killed")
     flags += ["--max_iters", "120", "--eval_interval", "20", "--dropout", "0.2"]
     command = [sys.executable, str(ROOT / STEP / "train.py"), *flags]
     env = os.environ | {"OMP_NUM_THREADS": "1"}

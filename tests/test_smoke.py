@@ -2,11 +2,9 @@
 
 import functools
 import json
-import shutil
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from steps import ROOT, STEPS, load_step, run_alone, tiny_flags
+from steps import STEPS, load_step, tiny_flags
 
 TIMES = {"seconds", "images_per_second", "tokens_per_second", "mfu", "data_share", "memory_gib"}
 
@@ -52,24 +50,6 @@ def test_same_seed_same_metrics(step, tiny_run, standins, tmp_path):
     first, same, other = ([without_times(r) for r in records(folder)] for folder in out_dirs)
     assert first == same
     assert first != other
-
-
-@pytest.fixture(scope="module")
-def runs_alone(request, standins, tmp_path_factory):
-    """Two at a time, run every step under test in a folder of its own: {step: its future}."""
-
-    def run(step, folder):
-        alone, elsewhere = folder / "alone", folder / "elsewhere"
-        shutil.copytree(ROOT / step, alone, ignore=shutil.ignore_patterns("out", "__pycache__"))
-        elsewhere.mkdir()
-        flags = tiny_flags(step, standins, alone / "out")
-        del flags[flags.index("--out_dir") : flags.index("--out_dir") + 2]  # it is beside train.py
-        return run_alone(alone, *flags, cwd=elsewhere), alone, elsewhere
-
-    mine = [i for i in request.session.items if "runs_alone" in getattr(i, "fixturenames", ())]
-    steps = [item.callspec.params["step"] for item in mine]
-    with ThreadPoolExecutor(2) as pool:
-        yield {step: pool.submit(run, step, tmp_path_factory.mktemp(step)) for step in steps}
 
 
 @pytest.mark.parametrize("step", STEPS)
