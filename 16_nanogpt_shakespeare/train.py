@@ -23,6 +23,7 @@ import http.client
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -108,7 +109,7 @@ def minibatches(ids, args):
 # ---------- model ----------
 
 
-# B batch, T characters, C n_embd, H n_head, D = C / H, V vocab_size
+# B batch, T tokens (here: characters), C n_embd, H n_head, D = C / H, V vocab_size
 
 
 class CausalSelfAttention(nn.Module):
@@ -168,7 +169,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Maps x (B, T) to the logits (B, T, V) of the character after each.
+    """Maps x (B, T) to the logits (B, T, V) of the token after each.
 
     With a cache, a list for every block, x is the beginning, or the one that follows what came
     before; up to block_size in all.
@@ -182,7 +183,7 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(args.n_embd, bias=args.bias)
         self.lm_head = nn.Linear(args.n_embd, vocab_size, bias=False)
         self.dropout = nn.Dropout(args.dropout)
-        self.lm_head.weight = self.wte.weight  # tied: one vector a character, to read and write it
+        self.lm_head.weight = self.wte.weight  # tied: one vector a token, to read and to write it
         for name, p in self.named_parameters():
             if p.ndim == 2:
                 nn.init.normal_(p, std=0.02)
@@ -202,6 +203,17 @@ class GPT(nn.Module):
         """Take weights, also a longer context's: its last positions are cropped."""
         positions = weights["wpe.weight"][: self.wpe.num_embeddings]
         return super().load_state_dict(weights | {"wpe.weight": positions})
+
+
+def compile_model(args, model):
+    """Return the model compiled, if --compile asks for it and a C++ compiler is there."""
+    if not args.compile:
+        return model
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        print("--compile: there is no C++ compiler here, going on without")
+        return model
+    torch._dynamo.config.suppress_errors = True  # what it cannot compile runs as it is
+    return torch.compile(model, mode="reduce-overhead" if args.device == "cuda" else "default")
 
 
 # ---------- optimizer ----------
@@ -265,9 +277,9 @@ def evaluate(args, model, ids):
 def generate(args, model, ids, stop=(), use_cache=True):
     """Return ids (B, N) and max_new_tokens more; fewer, once every row has had stop.
 
-    Keys and values of earlier characters are cached. Positions are absolute, so a full block
-    cannot slide: it starts anew from its last half, once in block_size / 2 characters. There is no
-    autocast: for one character at a time, casting the weights takes longer than it saves.
+    Keys and values of earlier tokens are cached. Positions are absolute, so a full block
+    cannot slide: it starts anew from its last half, once in block_size / 2 tokens. There is no
+    autocast: for one token at a time, casting the weights takes longer than it saves.
     """
     model.eval()
     generator = torch.Generator(ids.device).manual_seed(args.seed)  # training has another one
@@ -434,7 +446,7 @@ def train(args, stop=None):
     state = {"iter_num": 0, "seconds": 0.0, "loss_sum": 0.0, "val_loss": math.inf, "record": {}}
     state["vocab"] = vocab
 
-    forward = torch.compile(model) if args.compile else model
+    forward = compile_model(args, model)
     if args.init_from == "resume":
         state = load_checkpoint(last, parts)
         if state["vocab"] != vocab:

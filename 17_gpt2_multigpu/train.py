@@ -6,7 +6,7 @@ New:     load_bpe, tokenise, prepare, check_ids, to_device, flops_per_token, tur
          join_processes, keep_memory, parallelise, average_gradients, measure_speed
 Changed: encode, load_data, minibatches, MLP, evaluate, sample, save_checkpoint,
          load_checkpoint, setup_device, autocast, train, write_samples, parse_args
-Gone:    download
+Gone:    download, compile_model
 
 torchrun starts one process a GPU. Each walks through its own part of the shuffled data, their
 gradients are averaged, and every number is the same as if one process had done it all. A run can
@@ -270,7 +270,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Maps x (B, T) to the logits (B, T, V) of the character after each.
+    """Maps x (B, T) to the logits (B, T, V) of the token after each.
 
     With a cache, a list for every block, x is the beginning, or the one that follows what came
     before; up to block_size in all.
@@ -284,7 +284,7 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(args.n_embd, bias=args.bias)
         self.lm_head = nn.Linear(args.n_embd, vocab_size, bias=False)
         self.dropout = nn.Dropout(args.dropout)
-        self.lm_head.weight = self.wte.weight  # tied: one vector a character, to read and write it
+        self.lm_head.weight = self.wte.weight  # tied: one vector a token, to read and to write it
         for name, p in self.named_parameters():
             if p.ndim == 2:
                 nn.init.normal_(p, std=0.02)
@@ -483,9 +483,9 @@ def hellaswag(args, model, device):
 def generate(args, model, ids, stop=(), use_cache=True):
     """Return ids (B, N) and max_new_tokens more; fewer, once every row has had stop.
 
-    Keys and values of earlier characters are cached. Positions are absolute, so a full block
-    cannot slide: it starts anew from its last half, once in block_size / 2 characters. There is no
-    autocast: for one character at a time, casting the weights takes longer than it saves.
+    Keys and values of earlier tokens are cached. Positions are absolute, so a full block
+    cannot slide: it starts anew from its last half, once in block_size / 2 tokens. There is no
+    autocast: for one token at a time, casting the weights takes longer than it saves.
     """
     model.eval()
     generator = torch.Generator(ids.device).manual_seed(args.seed)  # training has another one

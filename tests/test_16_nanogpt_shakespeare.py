@@ -241,6 +241,13 @@ def test_a_flag_overrides_the_recipe():
     assert (args.n_embd, args.learning_rate, args.n_layer) == (64, 0.5, 4)
 
 
+def test_compile_without_a_compiler_goes_on_and_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(step.shutil, "which", lambda name: None)
+    args, model = small("--compile")
+    assert step.compile_model(args, model) is model
+    assert "no C++ compiler" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_matrices_decay_and_vectors_do_not(optimizer):
     args, model = small("--optimizer", optimizer, "--bias")
