@@ -406,7 +406,7 @@ def parse_args(argv=None):
     flag("--warmup_iters", type=number(int, 0), default=400, help="at most a fifth of the run")
     flag("--weight_decay", type=number(float, 0), default=5e-4, help="rule of thumb: 5e-4")
     flag("--label_smoothing", type=number(float, 0, 1), default=0.1, help="shared by all classes")
-    flag("--max_iters", type=number(int, 1), default=4000, help="minibatches to train on")
+    flag("--max_iters", type=number(int, 1), default=6000, help="minibatches to train on")
     flag = parser.add_argument_group("logging").add_argument
     flag("--eval_interval", type=number(int, 1), default=1000, help="in iterations")
     flag("--out_dir", type=Path, default=here / "out", help="everything the run writes")
