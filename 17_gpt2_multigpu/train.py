@@ -10,7 +10,8 @@ Gone:    download, compile_model
 
 torchrun starts one process a GPU. Each walks through its own part of the shuffled data, their
 gradients are averaged, and every number is the same as if one process had done it all. A run can
-be killed at any moment: --init_from resume, or torchrun --max-restarts, goes on bit for bit.
+be killed at any moment: --init_from resume, or torchrun --max-restarts, goes on (on a CPU bit for
+bit; some kernels of a GPU add up in any order).
 
 Try:     --prepare --corpus FILE.jsonl (your own text), then a run that learns it
          --init_from gpt2 --eval_only (what do OpenAI's weights score on this text?)
@@ -521,7 +522,8 @@ def sample(args, model):
     bpe = load_bpe()
     prompt = encode(args, args.prompt, "--prompt").to(args.device)
     stop = encode(args, args.stop, "--stop").to(args.device)
-    rows = generate(args, model, prompt.repeat(args.num_samples, 1), stop).tolist()
+    cached = not isinstance(model, FSDPModule)  # it hands its blocks copies of the lists
+    rows = generate(args, model, prompt.repeat(args.num_samples, 1), stop, cached).tolist()
     rows = [[i for i in row if i < bpe.n_vocab] for row in rows]  # --vocab_size may be padded
     texts = [bpe.decode(row) for row in rows]
     if args.stop:
@@ -535,10 +537,14 @@ def sample(args, model):
 
 
 def whole(value):
-    """Return a state_dict whose shards are put together; with FSDP all processes must call it."""
+    """Return a state_dict with its shards put together, for the first process; all must call it."""
     if isinstance(value, dict):
         return {key: whole(v) for key, v in value.items()}
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    if isinstance(value, DTensor):
+        value = value.full_tensor()
+        if value.dim():  # one after the other on the device; the first process keeps them
+            value = value.cpu() if dist.get_rank() == 0 else None
+    return value
 
 
 def sharded_like(value, old):
@@ -692,7 +698,7 @@ def setup_device(args):
             args.dtype = "float16"
     if args.parallel == "fsdp" and args.dtype == "float16":
         fail("--parallel fsdp does not scale the loss: --dtype bfloat16 or float32")
-    if args.compile:
+    if args.compile and not args.sample_only:
         try:
             torch.compile(lambda x: x + 1)(torch.ones(1, device=device))
         except Exception as error:  # no C++ compiler, no triton, ...
@@ -751,8 +757,8 @@ def measure_speed(args, tokens, seconds, device):
     tflops = args.peak_tflops
     if args.device == "cuda":
         memory = torch.cuda.max_memory_allocated(device)
-        name = torch.cuda.get_device_name(device)
-        known = [p for kind, p in PEAK_TFLOPS.items() if set(kind.split()) <= set(name.split())]
+        words = set(torch.cuda.get_device_name(device).replace("-", " ").split())
+        known = [peak for kind, peak in PEAK_TFLOPS.items() if set(kind.split()) <= words]
         if args.dtype != "float32" and known:
             tflops = tflops or known[0]
     else:
@@ -905,6 +911,8 @@ def train(args, stop=None):
         losses[:] = [*losses[-99:], loss]
         tokens = (iter_num + 1 - since_iter) * args.total_batch_tokens
         speed = measure_speed(args, tokens, time.perf_counter() - since, device)
+        if iter_num == first:  # which took the time to compile, too
+            since, since_iter = time.perf_counter(), iter_num + 1
 
     if args.export_hf:
         export_hf(args, whole(model.state_dict()))
@@ -949,10 +957,11 @@ def number(kind, low, high=1e9):
 DEFAULTS = {
     "cpu": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 128, "batch_size": 16}
     | {"learning_rate": 2e-3, "min_lr": 2e-4, "warmup_iters": 50, "max_iters": 500}
-    | {"total_batch_tokens": 4096, "eval_interval": 50, "compile": False},
-    "cuda": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "batch_size": 32}
+    | {"total_batch_tokens": 4096, "eval_interval": 50, "compile": False, "vocab_size": 50257},
+    "cuda": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "batch_size": 30}
     | {"learning_rate": 6e-4, "min_lr": 6e-5, "warmup_iters": 2000, "max_iters": 600_000}
-    | {"total_batch_tokens": 491_520, "eval_interval": 1000, "compile": True},
+    | {"total_batch_tokens": 491_520, "eval_interval": 1000, "compile": True}
+    | {"vocab_size": 50304},  # GPUs multiply matrices faster by multiples of 64
 }
 
 
@@ -979,7 +988,7 @@ def parse_args(argv=None):
     sources = "scratch, resume (out_dir/last.pt), gpt2, gpt2-medium, ... or a folder of one"
     flag("--init_from", default="scratch", help=sources)
     flag("--export_hf", type=Path, help="folder for the final model, as transformers reads it")
-    flag("--vocab_size", type=number(int, 2, 65536), default=50257, help="tokens in all")
+    flag("--vocab_size", type=number(int, 2, 65536), help="tokens in all, of them 50257 GPT-2's")
     flag("--block_size", type=number(int, 1), help="tokens that the model sees")
     flag("--n_layer", type=number(int, 1), help="blocks")
     flag("--n_head", type=number(int, 1), help="heads; divides n_embd")
@@ -1021,7 +1030,7 @@ def parse_args(argv=None):
     dtypes = ("auto", "float32", "bfloat16", "float16")
     flag("--dtype", choices=dtypes, default="auto", help="auto: fastest; float16 scales the loss")
     flag("--compile", action=switch, help="takes a while, then runs faster on a GPU")
-    flag("--parallel", choices=("ddp", "fsdp"), default="ddp", help="fsdp: for large models")
+    flag("--parallel", choices=("ddp", "fsdp"), default="ddp", help="fsdp: large models, adamw")
     flag("--peak_tflops", type=number(float, 0), default=0.0, help="for mfu; 0: by the device")
     args = parser.parse_known_args(argv)[0]
     if args.device == "auto":
@@ -1060,6 +1069,5 @@ if __name__ == "__main__":
         fail("interrupted", exit_code=130)
     except OSError as error:
         fail(f"cannot write to --out_dir {args.out_dir} or the terminal: {error}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():  # after a failure NCCL would wait here for the other processes
+        dist.destroy_process_group()

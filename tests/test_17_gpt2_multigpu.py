@@ -354,6 +354,27 @@ def test_mfu_is_the_share_of_the_peak_and_else_unknown(small_data, tmp_path):
     assert "mfu" not in step.measure_speed(parse(), 3000, 2.0, torch.device("cpu"))
 
 
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("Tesla V100-SXM2-16GB", 125),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_the_peak_is_the_devices(name, tflops, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 0)
+    args = parse("--dtype", "bfloat16")
+    args.device = "cuda"
+    speed = step.measure_speed(args, 3000, 2.0, torch.device("cuda"))
+    flops = 1500 * step.flops_per_token(args)
+    assert speed.get("mfu") == (tflops and pytest.approx(flops / (tflops * 1e12)))
+
+
 # ---------- training ----------
 
 
@@ -421,6 +442,23 @@ def test_two_processes_are_one_with_twice_the_accumulation(flags, small_data, tm
     # What two sharded processes wrote, one reads.
     again = ["--init_from", "resume", "--max_iters", 7, *flags[-2:]]
     assert run(small_data, tmp_path / "two", *again)["iter"] == 7
+
+
+def test_a_sharded_model_writes_what_the_whole_one_does(bytes_as_bpe):
+    args = parse("--parallel", "fsdp", "--max_new_tokens", 40, "--prompt", "ab", "--stop", "")
+    torch.manual_seed(0)
+    model = step.make_model(args)
+    for p in model.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    text = step.sample(args, model)
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        step.parallelise(args, model, torch.device("cpu"))
+        assert isinstance(model, step.FSDPModule)
+        assert step.sample(args, model) == text
+    finally:
+        dist.destroy_process_group()
 
 
 def kill(data, out_dir, which, *flags, processes=2, restarts=0):
