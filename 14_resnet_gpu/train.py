@@ -227,8 +227,10 @@ class Clock:
     """Adds up the seconds of each part of a run; on a GPU by its own clock, without waiting."""
 
     def __init__(self, device):
-        self.device, self.marks, self.seconds = device, [], {}
+        begin = time.perf_counter()
+        self.device, self.marks = device, []
         self.mark("start")
+        self.seconds = {"start-up": time.perf_counter() - begin}  # a GPU wakes up
 
     def mark(self, part):
         """End a part of the run here; the next one begins."""
@@ -428,5 +430,7 @@ if __name__ == "__main__":
         train(args)
     except KeyboardInterrupt:
         fail("interrupted", exit_code=130)
+    except torch.OutOfMemoryError:
+        fail(f"--batch_size {args.batch_size} does not fit into the GPU's memory")
     except OSError as error:
         fail(f"cannot write to --out_dir {args.out_dir} or the terminal: {error}")

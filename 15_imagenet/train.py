@@ -11,7 +11,8 @@ Gone:    download, Block
 A million photographs do not fit on a device, so processes decode them ahead of it: the first run
 packs them, shrunk, into one file, which makes decoding several times faster. The checkpoint holds
 whatever the next iteration depends on, and all that is random depends on the seed and the iteration
-alone: a killed run that is resumed ends with the same weights, bit for bit, as one left in peace.
+alone: a killed run that is resumed ends with the same weights, bit for bit, as one left in peace
+(compiled for a GPU: but for rounding).
 
 Try:     --recipe tiny --data_dir TINY_IMAGENET (minutes on a CPU), then kill -9 it and
          --init_from resume
@@ -258,10 +259,12 @@ def augment(args, x, y, stats, n_classes):
     """Mirror half of the images x (B, 3, H, W), normalise all, mix them in pairs if asked to."""
     mirror = torch.rand(len(x), device=x.device) < 0.5
     x = torch.where(mirror[:, None, None, None], x.flip(3), x)
-    x = normalise(x / 255, stats).contiguous(memory_format=torch.channels_last)
+    x = normalise(x / 255, stats)
     kinds = [(v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)]
     mixes = [kind(alpha=alpha, num_classes=n_classes) for kind, alpha in kinds if alpha > 0]
-    return mixes[torch.randint(len(mixes), ())](x, y) if mixes else (x, y)
+    if mixes:
+        x, y = mixes[torch.randint(len(mixes), ())](x, y)
+    return x.contiguous(memory_format=torch.channels_last), y
 
 
 # ---------- model ----------
@@ -410,8 +413,10 @@ class Clock:
     """Adds up the seconds of each part of a run; on a GPU by its own clock, without waiting."""
 
     def __init__(self, device):
-        self.device, self.marks, self.seconds = device, [], {}
+        begin = time.perf_counter()
+        self.device, self.marks = device, []
         self.mark("start")
+        self.seconds = {"start-up": time.perf_counter() - begin}  # a GPU wakes up
 
     def mark(self, part):
         """End a part of the run here; the next one begins."""
@@ -546,6 +551,7 @@ def log_metrics(args, record):
 def train(args, stop=None):
     """Run the whole step, or until stop is set; return the last record of metrics.jsonl."""
     device = setup_device(args)
+    torch.backends.cudnn.deterministic = True  # the same sums, also in a resumed run
     clock = Clock(device)
     train_set, test_set, names = load_data(args)
     torch.manual_seed(args.seed)  # after load_data: a loader that packs draws a random number, too
@@ -607,6 +613,7 @@ def train(args, stop=None):
                 save_checkpoint(best, parts, state)
             save_checkpoint(last, parts, state)
             loss_sum.zero_()
+            clock.mark("checkpoint")
         if iter_num == args.max_iters:
             break
 
@@ -754,5 +761,7 @@ if __name__ == "__main__":
         predict(args) if args.predict else train(args, catch_signals())
     except KeyboardInterrupt:
         fail("interrupted", exit_code=130)
+    except torch.OutOfMemoryError:
+        fail(f"--batch_size {args.batch_size} does not fit into the GPU's memory")
     except OSError as error:
         fail(f"cannot write to --out_dir {args.out_dir} or the terminal: {error}")

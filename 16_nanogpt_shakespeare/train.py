@@ -647,5 +647,7 @@ if __name__ == "__main__":
         write_samples(args) if args.sample_only else train(args, catch_signals())
     except KeyboardInterrupt:
         fail("interrupted", exit_code=130)
+    except torch.OutOfMemoryError:
+        fail(f"--batch_size {args.batch_size} does not fit into the GPU's memory")
     except OSError as error:
         fail(f"cannot write to --out_dir {args.out_dir} or the terminal: {error}")

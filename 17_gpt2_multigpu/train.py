@@ -1067,6 +1067,8 @@ if __name__ == "__main__":
             show_error(train)(args, catch_signals())  # torchrun repeats what failed first
     except KeyboardInterrupt:
         fail("interrupted", exit_code=130)
+    except torch.OutOfMemoryError:
+        fail(f"--batch_size {args.batch_size} does not fit into the GPU's memory")
     except OSError as error:
         fail(f"cannot write to --out_dir {args.out_dir} or the terminal: {error}")
     if dist.is_initialized():  # after a failure NCCL would wait here for the other processes

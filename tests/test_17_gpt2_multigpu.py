@@ -461,6 +461,15 @@ def test_a_sharded_model_writes_what_the_whole_one_does(bytes_as_bpe):
         dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("processes", [1, 2, 4, 8, 16])
+def test_the_defaults_fit_the_usual_numbers_of_gpus(processes, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    args = step.parse_args([])
+    assert args.device == "cuda"
+    assert args.total_batch_tokens % (args.batch_size * args.block_size * processes) == 0
+    assert args.vocab_size % 64 == 0
+
+
 def kill(data, out_dir, which, *flags, processes=2, restarts=0):
     """SIGKILL one or all processes of a run after its first checkpoints; exit code, output."""
     env = os.environ | {"OMP_NUM_THREADS": "1"}

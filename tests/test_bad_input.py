@@ -66,6 +66,17 @@ def test_unwritable_out_dir(step, standins, tmp_path):
     assert_one_line(errors, "--out_dir", tmp_path / "file")
 
 
+@pytest.mark.parametrize("step", [step for step in STEPS if "--device" in source(step)])
+def test_a_batch_over_the_gpus_memory(step, standins, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.Tensor, "backward", full)
+    code, errors = run_main(step, *tiny_flags(step, standins, tmp_path))
+    assert code == 2
+    assert_one_line(errors, "--batch_size", "memory")
+
+
 # Softmax regression and Adam move by bounded steps: their losses grow huge, but stay finite.
 @pytest.mark.parametrize(
     "step", [step for step in STEPS if step[:2] in ("01", "02", "03", "05", "06", "07")]
