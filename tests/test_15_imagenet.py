@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -407,6 +408,25 @@ def test_signal_saves_and_leaves(step, tree, tmp_path, number, monkeypatch):
     a, b = (torch.load(out_dir / "last.pt")["model"] for out_dir in (whole, stopped))
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert metrics(whole) == metrics(stopped)
+
+
+def test_writing_checkpoints_is_not_counted_as_data(step, tree, tmp_path, monkeypatch, capsys):
+    small_net(step, monkeypatch)
+    monkeypatch.setattr(step, "save_checkpoint", lambda *args: time.sleep(0.1))
+    step.train(flags(step, tree, tmp_path))
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    seconds = {row[0]: float(row[1]) for row in rows if row and row[0] in ("data", "checkpoint")}
+    assert seconds["checkpoint"] >= 0.4  # the last one, four times, and the best one
+
+
+def test_mixed_images_keep_the_channels_last(step, tree, tmp_path, monkeypatch):
+    # On a GPU torch.roll, and with it MixUp, returns the usual layout.
+    monkeypatch.setattr(step.v2, "MixUp", lambda **_: lambda x, y: (x.contiguous(), y))
+    args = flags(step, tree, tmp_path, "--mixup", "0.2")
+    stats = step.image_stats(torch.device("cpu"))
+    x = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8)
+    mixed, _ = step.augment(args, x, torch.arange(4), stats, 5)
+    assert mixed.is_contiguous(memory_format=torch.channels_last)
 
 
 LOAD = """import sys; sys.path.insert(0, sys.argv.pop(1))

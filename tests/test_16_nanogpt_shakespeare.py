@@ -248,6 +248,19 @@ def test_compile_without_a_compiler_goes_on_and_says_so(monkeypatch, capsys):
     assert "no C++ compiler" in capsys.readouterr().out
 
 
+def test_training_runs_through_the_compiled_model(standins, tmp_path, monkeypatch):
+    calls = []
+
+    def compile_model(args, model):
+        return lambda x: calls.append(len(x)) or model(x)
+
+    monkeypatch.setattr(step, "compile_model", compile_model)
+    flags = tiny_flags(STEP, standins, tmp_path)
+    args = step.parse_args([*map(str, flags), "--max_iters", "3"])
+    step.train(args)
+    assert calls == [args.batch_size] * 3
+
+
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_matrices_decay_and_vectors_do_not(optimizer):
     args, model = small("--optimizer", optimizer, "--bias")
