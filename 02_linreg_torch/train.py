@@ -1,20 +1,26 @@
 """Step 02: the same line, with gradients from autograd.
 
 Parent:  01_linreg_numpy
-Changed: load_data, init_params, start_run, train
+Changed: load_data, init_params, train
 Gone:    backward
 
-The forward pass is written as before; torch records it, and loss.backward() runs the chain rule
-back through the record. Same seed, same data, same order: the curve is step 01's.
+The forward pass stays as it was. PyTorch records its operations in a computation graph, and
+loss.backward() applies the chain rule to that graph, from the loss back to the parameters. Same
+seed, same data, same order of the minibatches: the loss curve is step 01's.
 
-Try:     leave out the line that sets .grad to None (gradients add up: what does the curve do?)
+Try:     delete the line that sets .grad to None (gradients accumulate: what does the curve do?)
 Source:  Paszke et al. 2017, "Automatic differentiation in PyTorch".
 """
+
+import signal
+import sys
+
+if __name__ == "__main__":  # Ctrl-C ends the run with exit code 130, also during the imports below
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
 
 import argparse
 import json
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -24,32 +30,29 @@ from tqdm import tqdm
 
 from plot import plot_run
 
+
 # ---------- data ----------
-
-
 def load_data(args, rng):
     """Return x (N,), y (N,) = forward(teacher, x) + noise, and the teacher's parameters."""
     teacher = {"w": rng.normal(scale=3), "b": rng.normal(scale=3)}
-    x = rng.normal(size=args.n_examples).astype(np.float32)
-    noise = rng.normal(scale=args.noise, size=args.n_examples)
-    y = (forward(teacher, x) + noise).astype(np.float32)
-    return torch.from_numpy(x), torch.from_numpy(y), teacher
+    x = rng.normal(size=args.n_examples)
+    y = forward(teacher, x) + rng.normal(scale=args.noise, size=args.n_examples)
+    return torch.from_numpy(x).float(), torch.from_numpy(y).float(), teacher
 
 
 def minibatches(x, y, batch_size, rng):
-    """Yield batches (x, y) without end, reshuffled every epoch; an incomplete one is skipped."""
+    """Yield minibatches (x, y) forever, reshuffled every epoch; an epoch's last may be smaller."""
     while True:
         order = rng.permutation(len(x))
-        for i in range(0, len(x) - batch_size + 1, batch_size):
+        for i in range(0, len(x), batch_size):
             batch = order[i : i + batch_size]
             yield x[batch], y[batch]
 
 
 # ---------- model ----------
-
-
 def init_params(args):
-    """Return the parameters before training: the line y = 0."""
+    """Return the initial parameters: the line y = 0."""
+    # requires_grad: record the operations on these tensors, so that backward can differentiate.
     return {name: torch.zeros((), requires_grad=True) for name in ("w", "b")}
 
 
@@ -64,21 +67,12 @@ def loss_fn(y_hat, y):
 
 
 # ---------- training ----------
-
-
-def start_run(args):
-    """Make out_dir with an empty metrics.jsonl, and args.json, which tells what made the run."""
-    args.out_dir.mkdir(parents=True, exist_ok=True)
-    (args.out_dir / "metrics.jsonl").write_text("")
-    made_by = {"python": sys.version.split()[0], "torch": torch.__version__, "device": "cpu"}
-    (args.out_dir / "args.json").write_text(json.dumps(vars(args) | made_by, default=str))
-
-
 def log_metrics(args, record):
-    """Append a record to metrics.jsonl and print it above the progress bar; stop at inf or nan."""
+    """Append a record to metrics.jsonl and print it; a loss that is inf or nan ends the run."""
     if not all(map(math.isfinite, record.values())):
-        fail(f"no longer finite, --learning_rate {args.learning_rate}: {record}")
-    with open(args.out_dir / "metrics.jsonl", "a") as file:
+        problem = f"the loss is no longer finite at iteration {record['iter']}"
+        raise FloatingPointError(f"{problem}: lower --learning_rate {args.learning_rate}")
+    with open(args.out_dir / "metrics.jsonl", "a" if record["iter"] else "w") as file:
         file.write(json.dumps(record) + "\n")
     tqdm.write("  ".join(f"{key} {value:.5g}" for key, value in record.items()))
 
@@ -90,49 +84,39 @@ def train(args):
     x_train, y_train, teacher = load_data(args, rng)
     batches = minibatches(x_train, y_train, args.batch_size, rng)
     params = init_params(args)
-    best_loss = args.noise**2
-    start_run(args)
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "device": "cpu"}
+    (args.out_dir / "args.json").write_text(json.dumps(vars(args) | versions, default=str))
 
-    for iter_num in (bar := tqdm(range(args.max_iters + 1), disable=None)):
+    bar = tqdm(range(args.max_iters + 1), total=args.max_iters, disable=None)
+    for iter_num in bar:
         if iter_num % args.eval_interval == 0 or iter_num == args.max_iters:
-            with torch.no_grad():
-                train_loss = loss_fn(forward(params, x_train), y_train).item()
             record = {"iter": iter_num, "seconds": time.perf_counter() - start}
-            record |= {"train_loss": train_loss, "best_loss": best_loss}
+            with torch.no_grad():  # no computation graph where no gradient is needed
+                record["train_loss"] = loss_fn(forward(params, x_train), y_train).item()
+            record["noise_variance"] = args.noise**2
             record["param_error"] = max(abs(params[k] - teacher[k]).max().item() for k in params)
             log_metrics(args, record)
             if iter_num == args.max_iters:
                 break
 
+        # A minibatch gives an unbiased estimate of the full gradient, at a fraction of its cost.
         x, y = next(batches)
         y_hat = forward(params, x)
         loss = loss_fn(y_hat, y)
-        if not math.isfinite(loss.item()):
-            fail(f"loss {loss} at iteration {iter_num}, --learning_rate {args.learning_rate}")
-        if iter_num % args.log_interval == 0:
-            bar.set_postfix(loss=f"{loss:.4f}")
-
+        bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         loss.backward()
-        with torch.no_grad():
+        with torch.no_grad():  # the update is not part of the function to differentiate
             for name in params:
                 params[name] -= args.learning_rate * params[name].grad
-                params[name].grad = None
+                params[name].grad = None  # backward adds to .grad; start the next one from zero
 
-    excess = train_loss / best_loss - 1
-    print(f"train_loss {train_loss:.4f} is {excess:+.2%} from the best possible, {best_loss:.4f}")
+    print(f"train_loss {record['train_loss']:.5g}, noise variance {record['noise_variance']:.5g}")
     print(f"picture: {plot_run(args.out_dir)}")
     return record
 
 
 # ---------- command line ----------
-
-
-def fail(message, exit_code=2):
-    """Leave with one line on standard error."""
-    tqdm.write(f"train.py: error: {message}", file=sys.stderr)
-    raise SystemExit(exit_code)
-
-
 def number(kind, low, high=1e9):
     """Return an argparse type: an int or float (kind) from low to high."""
 
@@ -141,42 +125,36 @@ def number(kind, low, high=1e9):
             return value
         raise ValueError
 
-    convert.__name__ = f"{kind.__name__} from {low:g} to {high:g}"  # argparse puts it in its error
+    convert.__name__ = f"{kind.__name__} from {low:g} to {high:g}"  # argparse's error shows it
     return convert
 
 
 def parse_args(argv=None):
-    """Return the flags of the command line (or of argv), checked."""
+    """Return the command-line flags (by default of this process), checked."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         usage=argparse.SUPPRESS,  # so that an error is one line
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    here = Path(__file__).resolve().parent
     flag = parser.add_argument_group("data").add_argument
-    flag("--n_examples", type=number(int, 1, 1e6), default=100_000, help="examples drawn in all")
-    flag("--noise", type=number(float, 1e-6), default=0.5, help="standard deviation of the noise")
-    flag("--batch_size", type=number(int, 1), default=128, help="examples in a minibatch")
+    flag("--n_examples", type=number(int, 1), default=100_000, help="number of examples")
+    flag("--noise", type=number(float, 0), default=0.5, help="standard deviation of the noise")
+    flag("--batch_size", type=number(int, 1), default=128, help="examples per minibatch")
     flag = parser.add_argument_group("optimizer").add_argument
-    flag("--learning_rate", type=number(float, 1e-9), default=0.02, help="size of a step downhill")
-    flag("--max_iters", type=number(int, 1), default=500, help="minibatches to train on")
+    flag("--learning_rate", type=number(float, 0), default=0.02, help="usually 0.001 to 0.5")
+    flag("--max_iters", type=number(int, 1), default=250, help="number of parameter updates")
     flag = parser.add_argument_group("logging").add_argument
-    flag("--eval_interval", type=number(int, 1), default=25, help="iterations between evaluations")
-    flag("--log_interval", type=number(int, 1), default=10, help="iterations between bar updates")
-    flag("--out_dir", type=Path, default=here / "out", help="everything the run writes")
+    flag("--eval_interval", type=number(int, 1), default=10, help="iterations between evaluations")
+    flag("--out_dir", type=Path, default=Path(__file__).parent / "out", help="output directory")
     flag = parser.add_argument_group("system").add_argument
-    flag("--seed", type=number(int, 0), default=1337, help="same seed, same run")
-    args = parser.parse_args(argv)
-    if args.batch_size > args.n_examples:
-        parser.error(f"--batch_size {args.batch_size} is over --n_examples {args.n_examples}")
-    return args
+    flag("--seed", type=number(int, 0), default=1337, help="seed of the random numbers")
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    args = parse_args()
+    torch.set_num_threads(1)  # on so small a model a second thread costs more than it gains
     try:
-        train(args)
-    except KeyboardInterrupt:
-        fail("interrupted", exit_code=130)
-    except OSError as error:
-        fail(f"cannot write to --out_dir {args.out_dir} or the terminal: {error}")
+        train(parse_args())
+    except (FloatingPointError, MemoryError, OSError) as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

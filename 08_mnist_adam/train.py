@@ -1,27 +1,36 @@
-"""Step 08: Adam, from optax.
+"""Step 08: Adam with a learning rate schedule, from optax.
 
 Parent:  07_mnist_mlp
-New:     OptaxAdam
+New:     OptaxOptimizer
 Changed: train, parse_args
 
-Adam divides each parameter's step by the recent size of its gradient; a cosine schedule lets the
-steps fade out. optax writes an optimizer as pure functions: state goes in, updates and the next
-state come out. The arrays pass between torch and JAX through dlpack, without a copy.
+Adam scales the update of each parameter by the recent size of its gradients g:
 
-Try:     --learning_rate 0.01 (SGD was fine with 0.02: why is this too much for Adam?)
-Source:  Kingma and Ba 2015, "Adam: a method for stochastic optimization".
+    m = b1 m + (1 - b1) g                   first moment: a running mean of the gradients
+    v = b2 v + (1 - b2) g^2                 second moment: a running mean of their squares
+    m_hat = m / (1 - b1^t)                  bias correction at update t, because both means
+    v_hat = v / (1 - b2^t)                  start at zero
+    w = w - lr m_hat / (sqrt(v_hat) + eps)  with b1 = 0.9, b2 = 0.999, eps = 1e-8
+
+The learning rate lr rises linearly (warm-up) while the moments are still poor estimates, then falls
+along a cosine to zero, so that the noise of the minibatches averages out.
+
+Try:     --learning_rate 0.2 (SGD was fine with it: why is it too much for Adam?), --warmup_iters 0
+Source:  Kingma and Ba 2015, "Adam: a method for stochastic optimization"; Loshchilov and Hutter
+         2017, "SGDR: stochastic gradient descent with warm restarts" (the cosine).
 """
 
+import signal
+import sys
+
+if __name__ == "__main__":  # Ctrl-C ends the run with exit code 130, also during the imports below
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+
 import argparse
-import gzip
-import hashlib
-import http.client
 import json
 import math
 import os
-import sys
 import time
-import urllib.request
 from itertools import pairwise
 from pathlib import Path
 
@@ -30,102 +39,74 @@ import optax
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 from torchvision.datasets import MNIST
 from tqdm import tqdm
 
 from plot import plot_run
 
+
 # ---------- data ----------
-
-
-MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist"
-MNIST_SHA256 = {  # of the unpacked files
-    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-}
-
-
-def download(url, sha256, path, data_dir):
-    """Fetch url to path, if it is not there; it appears whole and checked, unpacked from .gz."""
-    if path.exists():
-        return
-    try:
-        with urllib.request.urlopen(url, timeout=20) as response:
-            content = response.read()
-        content = gzip.decompress(content) if url.endswith(".gz") else content
-        if hashlib.sha256(content).hexdigest() != sha256:
-            raise OSError("wrong SHA-256")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_bytes(content)
-        part.rename(path)
-    except (OSError, EOFError, http.client.HTTPException) as error:
-        fail(
-            f"{path} is missing and {url} did not arrive ({error}): put the file there, "
-            f"or make a stand-in with: python tests/standins.py {data_dir}"
-        )
-
-
 def load_data(args):
-    """Return MNIST's train and test TensorDataset: normalised pixels x (784,) and label y."""
-    raw = args.data_dir / "MNIST" / "raw"
-    for name, sha256 in MNIST_SHA256.items():
-        download(f"{MNIST_URL}/{name}.gz", sha256, raw / name, args.data_dir)
+    """Return MNIST's training and test TensorDataset: normalized pixels x (784,) and label y."""
     datasets = []
     for name in ("train", "t10k"):
         try:
-            datasets.append(MNIST(args.data_dir, train=name == "train"))
-            if len(datasets[-1].data) != len(datasets[-1].targets):
-                raise ValueError("not as many labels as images")
+            dataset = MNIST(args.data_dir, train=name == "train", download=True)
+            if len(dataset.data) != len(dataset.targets):
+                raise ValueError("the numbers of images and labels differ")
         except (AssertionError, OSError, RuntimeError, ValueError) as error:
-            fail(f"{raw / name}-*: broken or cut short ({error}): delete these files")
+            raise OSError(
+                f"{args.data_dir}/MNIST/raw/{name}-*: missing or broken ({error!r:.100}); put "
+                f"MNIST's files there, or stand-ins: python tests/standins.py {args.data_dir}"
+            ) from error
+        datasets.append(dataset)
     pixels = [dataset.data.flatten(1) / 255 for dataset in datasets]  # (N, 784), 0 to 1
-    mean, std = pixels[0].mean(), pixels[0].std()  # of the training set
+    # Inputs of mean 0 and variance 1, as the initialization assumes. The test images have no say.
+    mean, std = pixels[0].mean(), pixels[0].std()
     return [TensorDataset((x - mean) / std, d.targets) for x, d in zip(pixels, datasets)]
 
 
 def minibatches(dataset, batch_size):
-    """Yield batches (x, y) without end, reshuffled every epoch; an incomplete one is skipped."""
-    # The dataset is asked for a whole batch at a time: much faster than for its examples singly.
-    batches = BatchSampler(RandomSampler(dataset), batch_size, drop_last=True)
-    loader = DataLoader(dataset, sampler=batches, batch_size=None)
+    """Yield minibatches (x, y) forever, reshuffled every epoch; an epoch's last may be smaller."""
+    loader = DataLoader(dataset, batch_size, shuffle=True)
     while True:
         yield from loader
 
 
 # ---------- model ----------
-
-
 class MLP(nn.Module):
     """Maps x (B, D) to logits (B, C) through n_layer hidden layers of n_hidden units."""
 
-    def __init__(self, n_inputs, n_hidden, n_layer, n_classes, dropout):
+    def __init__(self, n_inputs, n_hidden, n_layer, n_classes):
         super().__init__()
         sizes = [n_inputs] + n_layer * [n_hidden]
-        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
+        self.hidden = nn.ModuleList(nn.Linear(n_in, n_out) for n_in, n_out in pairwise(sizes))
         self.out = nn.Linear(sizes[-1], n_classes)
-        self.dropout = nn.Dropout(dropout)
+        for param in self.parameters():
+            nn.init.zeros_(param)
+        for layer in self.hidden:
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")  # variance 2 / n_in
 
     def forward(self, x):
         for layer in self.hidden:
-            x = self.dropout(F.relu(layer(x)))  # (B, n_hidden)
+            x = F.relu(layer(x))  # (B, n_hidden)
         return self.out(x)  # (B, C)
 
 
 # ---------- optimizer ----------
+class OptaxOptimizer:
+    """Updates torch parameters on the CPU by tx, any gradient transformation of optax.
 
+    An optax optimizer is a pure function: gradients and state (Adam's t, m, v) go in, updates and
+    the next state come out. dlpack passes arrays between torch and JAX by address, without a copy.
+    """
 
-class OptaxAdam:
-    """optax.adam with a schedule (iteration to learning rate) over torch parameters on the CPU."""
-
-    def __init__(self, params, schedule):
-        jax.config.update("jax_platforms", "cpu")  # never take memory on a GPU
+    def __init__(self, params, tx):
+        jax.config.update("jax_platforms", "cpu")
         self.params = list(params)
-        self.tx = optax.adam(schedule)
-        self.state = self.tx.init([jax.dlpack.from_dlpack(p.detach()) for p in self.params])
+        self.tx = tx
+        self.state = tx.init([jax.dlpack.from_dlpack(p.detach()) for p in self.params])
         self.update = jax.jit(self._update)
 
     def _update(self, params, grads, state):
@@ -137,7 +118,6 @@ class OptaxAdam:
             p.grad = None
 
     def step(self):
-        # dlpack passes addresses, not numbers: JAX reads torch's memory, then torch reads JAX's.
         params = [jax.dlpack.from_dlpack(p.detach()) for p in self.params]
         grads = [jax.dlpack.from_dlpack(p.grad) for p in self.params]
         params, self.state = self.update(params, grads, self.state)
@@ -146,35 +126,22 @@ class OptaxAdam:
 
 
 # ---------- evaluation ----------
-
-
 @torch.no_grad()
 def evaluate(model, dataset, name):
-    """Return the mean loss (nats) and the accuracy on a TensorDataset, as name_loss and so on."""
-    model.eval()
+    """Return {name}_loss, in nats, and {name}_accuracy, a fraction, on a TensorDataset."""
     x, y = dataset.tensors
-    logits = torch.cat([model(part) for part in x.split(1000)])  # (N, C)
-    model.train()
+    logits = torch.cat([model(chunk) for chunk in x.split(1000)])  # (N, C)
     accuracy = (logits.argmax(dim=1) == y).float().mean().item()
     return {f"{name}_loss": F.cross_entropy(logits, y).item(), f"{name}_accuracy": accuracy}
 
 
 # ---------- training ----------
-
-
-def start_run(args):
-    """Make out_dir with an empty metrics.jsonl, and args.json, which tells what made the run."""
-    args.out_dir.mkdir(parents=True, exist_ok=True)
-    (args.out_dir / "metrics.jsonl").write_text("")
-    made_by = {"python": sys.version.split()[0], "torch": torch.__version__, "device": "cpu"}
-    (args.out_dir / "args.json").write_text(json.dumps(vars(args) | made_by, default=str))
-
-
 def log_metrics(args, record):
-    """Append a record to metrics.jsonl and print it above the progress bar; stop at inf or nan."""
+    """Append a record to metrics.jsonl and print it; a loss that is inf or nan ends the run."""
     if not all(map(math.isfinite, record.values())):
-        fail(f"no longer finite, --learning_rate {args.learning_rate}: {record}")
-    with open(args.out_dir / "metrics.jsonl", "a") as file:
+        problem = f"the loss is no longer finite at iteration {record['iter']}"
+        raise FloatingPointError(f"{problem}: lower --learning_rate {args.learning_rate}")
+    with open(args.out_dir / "metrics.jsonl", "a" if record["iter"] else "w") as file:
         file.write(json.dumps(record) + "\n")
     tqdm.write("  ".join(f"{key} {value:.5g}" for key, value in record.items()))
 
@@ -184,32 +151,33 @@ def train(args):
     start = time.perf_counter()
     torch.manual_seed(args.seed)
     train_set, test_set = load_data(args)
-    if args.batch_size > len(train_set):
-        fail(f"--batch_size {args.batch_size} is over the {len(train_set)} training images")
-    train_part = TensorDataset(*train_set[: len(test_set)])  # as many as there are test images
+    train_eval = TensorDataset(*train_set[: len(test_set)])  # as many images as are tested
     batches = minibatches(train_set, args.batch_size)
-    model = MLP(28 * 28, args.n_hidden, args.n_layer, 10, args.dropout)
-    schedule = optax.cosine_decay_schedule(args.learning_rate, args.max_iters)
-    optimizer = OptaxAdam(model.parameters(), schedule)
-    start_run(args)
+    model = MLP(28 * 28, args.n_hidden, args.n_layer, 10)
+    warmup_iters = min(args.warmup_iters, args.max_iters - 1)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0, args.learning_rate, warmup_iters, args.max_iters
+    )
+    optimizer = OptaxOptimizer(model.parameters(), optax.adam(schedule))
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "device": "cpu"}
+    (args.out_dir / "args.json").write_text(json.dumps(vars(args) | versions, default=str))
 
-    for iter_num in (bar := tqdm(range(args.max_iters + 1), disable=None)):
+    bar = tqdm(range(args.max_iters + 1), total=args.max_iters, disable=None)
+    for iter_num in bar:
         if iter_num % args.eval_interval == 0 or iter_num == args.max_iters:
             record = {"iter": iter_num, "seconds": time.perf_counter() - start}
             record["learning_rate"] = float(schedule(iter_num))
-            record |= evaluate(model, train_part, "train") | evaluate(model, test_set, "test")
+            record |= evaluate(model, train_eval, "train") | evaluate(model, test_set, "test")
             log_metrics(args, record)
             if iter_num == args.max_iters:
                 break
 
+        # A minibatch gives an unbiased estimate of the full gradient, at a fraction of its cost.
         x, y = next(batches)
         logits = model(x)
         loss = F.cross_entropy(logits, y)
-        if not math.isfinite(loss.item()):
-            fail(f"loss {loss} at iteration {iter_num}, --learning_rate {args.learning_rate}")
-        if iter_num % args.log_interval == 0:
-            bar.set_postfix(loss=f"{loss:.4f}")
-
+        bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -220,14 +188,6 @@ def train(args):
 
 
 # ---------- command line ----------
-
-
-def fail(message, exit_code=2):
-    """Leave with one line on standard error."""
-    tqdm.write(f"train.py: error: {message}", file=sys.stderr)
-    raise SystemExit(exit_code)
-
-
 def number(kind, low, high=1e9):
     """Return an argparse type: an int or float (kind) from low to high."""
 
@@ -236,43 +196,39 @@ def number(kind, low, high=1e9):
             return value
         raise ValueError
 
-    convert.__name__ = f"{kind.__name__} from {low:g} to {high:g}"  # argparse puts it in its error
+    convert.__name__ = f"{kind.__name__} from {low:g} to {high:g}"  # argparse's error shows it
     return convert
 
 
 def parse_args(argv=None):
-    """Return the flags of the command line (or of argv), checked."""
+    """Return the command-line flags (by default of this process), checked."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         usage=argparse.SUPPRESS,  # so that an error is one line
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    here = Path(__file__).resolve().parent
     flag = parser.add_argument_group("data").add_argument
-    data_dir = os.environ.get("DATA_DIR", here.parent / "data")
-    flag("--data_dir", type=Path, default=data_dir, help="folder that holds MNIST/raw/")
-    flag("--batch_size", type=number(int, 1), default=128, help="examples in a minibatch")
+    data_dir = os.environ.get("DATA_DIR", Path(__file__).parents[1] / "data")
+    flag("--data_dir", type=Path, default=data_dir, help="directory that holds MNIST/raw/")
+    flag("--batch_size", type=number(int, 1), default=128, help="examples per minibatch")
     flag = parser.add_argument_group("model").add_argument
-    flag("--n_layer", type=number(int, 0, 100), default=2, help="hidden layers")
-    flag("--n_hidden", type=number(int, 1, 10_000), default=800, help="units in a hidden layer")
-    flag("--dropout", type=number(float, 0, 0.99), default=0.3, help="share of units dropped")
+    flag("--n_layer", type=number(int, 0), default=2, help="number of hidden layers")
+    flag("--n_hidden", type=number(int, 1), default=800, help="units per hidden layer")
     flag = parser.add_argument_group("optimizer").add_argument
-    flag("--learning_rate", type=number(float, 1e-9), default=1e-3, help="Adam's, at the start")
-    flag("--max_iters", type=number(int, 1), default=7000, help="minibatches to train on")
+    flag("--learning_rate", type=number(float, 0), default=1e-3, help="peak of the schedule")
+    flag("--warmup_iters", type=number(int, 0), default=200, help="updates of linear warm-up")
+    flag("--max_iters", type=number(int, 1), default=5000, help="number of parameter updates")
     flag = parser.add_argument_group("logging").add_argument
     flag("--eval_interval", type=number(int, 1), default=500, help="iterations between evaluations")
-    flag("--log_interval", type=number(int, 1), default=10, help="iterations between bar updates")
-    flag("--out_dir", type=Path, default=here / "out", help="everything the run writes")
+    flag("--out_dir", type=Path, default=Path(__file__).parent / "out", help="output directory")
     flag = parser.add_argument_group("system").add_argument
-    flag("--seed", type=number(int, 0), default=1337, help="same seed, same run")
+    flag("--seed", type=number(int, 0), default=1337, help="seed of the random numbers")
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    args = parse_args()
     try:
-        train(args)
-    except KeyboardInterrupt:
-        fail("interrupted", exit_code=130)
-    except OSError as error:
-        fail(f"cannot write to --out_dir {args.out_dir} or the terminal: {error}")
+        train(parse_args())
+    except (FloatingPointError, MemoryError, OSError) as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

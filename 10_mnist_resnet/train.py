@@ -2,28 +2,31 @@
 
 Parent:  09_mnist_convnet
 New:     Block, ResNet
-Changed: train, parse_args
+Changed: evaluate, train, parse_args
 Gone:    ConvNet
 
-A block computes a change and adds it to its input, x + f(x). The sum hands gradients straight to
-the early layers, so that depth no longer hurts; batch norm keeps the numbers in each layer at scale
-1. The last scale in f starts at zero: every block begins as its shortcut and learns from there.
+A residual block computes x + f(x): its skip connection passes gradients unchanged to the early
+layers, so that deeper networks still train. Batch norm in f normalizes each channel over the
+minibatch, whatever the initialization (and makes biases before it redundant); in evaluation it uses
+running averages. Global average pooling replaces the large hidden layer.
 
-Try:     --n_layer 4 (four times as deep: does it still train?), then also without the zeros_ line
-         and with 0 * self.shortcut(x) (what did the sum do?)
-Source:  He et al. 2016, "Deep residual learning for image recognition" (zero scale: Goyal 2017).
+Try:     --n_layer 4 (does it still train?), then also without the zeros_ line and with
+         0 * self.shortcut(x) (what did the skip connection do?)
+Source:  He et al. 2016, "Deep residual learning for image recognition"; Ioffe and Szegedy 2015,
+         "Batch normalization"; Goyal et al. 2017 (the zero scale at the end of a block).
 """
 
+import signal
+import sys
+
+if __name__ == "__main__":  # Ctrl-C ends the run with exit code 130, also during the imports below
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+
 import argparse
-import gzip
-import hashlib
-import http.client
 import json
 import math
 import os
-import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import jax
@@ -31,81 +34,51 @@ import optax
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 from torchvision.datasets import MNIST
 from tqdm import tqdm
 
 from plot import plot_run
 
+
 # ---------- data ----------
-
-
-MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist"
-MNIST_SHA256 = {  # of the unpacked files
-    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-}
-
-
-def download(url, sha256, path, data_dir):
-    """Fetch url to path, if it is not there; it appears whole and checked, unpacked from .gz."""
-    if path.exists():
-        return
-    try:
-        with urllib.request.urlopen(url, timeout=20) as response:
-            content = response.read()
-        content = gzip.decompress(content) if url.endswith(".gz") else content
-        if hashlib.sha256(content).hexdigest() != sha256:
-            raise OSError("wrong SHA-256")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_bytes(content)
-        part.rename(path)
-    except (OSError, EOFError, http.client.HTTPException) as error:
-        fail(
-            f"{path} is missing and {url} did not arrive ({error}): put the file there, "
-            f"or make a stand-in with: python tests/standins.py {data_dir}"
-        )
-
-
 def load_data(args):
-    """Return MNIST's train and test TensorDataset: normalised pixels x (1, 28, 28) and label y."""
-    raw = args.data_dir / "MNIST" / "raw"
-    for name, sha256 in MNIST_SHA256.items():
-        download(f"{MNIST_URL}/{name}.gz", sha256, raw / name, args.data_dir)
+    """Return MNIST's training and test TensorDataset: normalized images x (1, 28, 28), label y."""
     datasets = []
     for name in ("train", "t10k"):
         try:
-            datasets.append(MNIST(args.data_dir, train=name == "train"))
-            if len(datasets[-1].data) != len(datasets[-1].targets):
-                raise ValueError("not as many labels as images")
+            dataset = MNIST(args.data_dir, train=name == "train", download=True)
+            if len(dataset.data) != len(dataset.targets):
+                raise ValueError("the numbers of images and labels differ")
         except (AssertionError, OSError, RuntimeError, ValueError) as error:
-            fail(f"{raw / name}-*: broken or cut short ({error}): delete these files")
+            raise OSError(
+                f"{args.data_dir}/MNIST/raw/{name}-*: missing or broken ({error!r:.100}); put "
+                f"MNIST's files there, or stand-ins: python tests/standins.py {args.data_dir}"
+            ) from error
+        datasets.append(dataset)
     pixels = [dataset.data[:, None] / 255 for dataset in datasets]  # (N, 1, 28, 28), 0 to 1
-    mean, std = pixels[0].mean(), pixels[0].std()  # of the training set
+    # Inputs of mean 0 and variance 1, as the initialization assumes. The test images have no say.
+    mean, std = pixels[0].mean(), pixels[0].std()
     return [TensorDataset((x - mean) / std, d.targets) for x, d in zip(pixels, datasets)]
 
 
 def minibatches(dataset, batch_size):
-    """Yield batches (x, y) without end, reshuffled every epoch; an incomplete one is skipped."""
-    # The dataset is asked for a whole batch at a time: much faster than for its examples singly.
-    batches = BatchSampler(RandomSampler(dataset), batch_size, drop_last=True)
-    loader = DataLoader(dataset, sampler=batches, batch_size=None)
+    """Yield minibatches (x, y) forever, reshuffled every epoch; an epoch's last may be smaller."""
+    loader = DataLoader(dataset, batch_size, shuffle=True)
     while True:
         yield from loader
 
 
 def augment(x, shift):
-    """Move the images x (B, 1, H, W) together, by up to shift pixels either way."""
+    """Move the images x (B, 1, H, W) by up to shift pixels each way, all in the same direction."""
+    # One random shift per minibatch is cheap; over the epochs every image meets many of them.
     dy, dx = torch.randint(-shift, shift + 1, (2,)).tolist()
-    return x.roll((dy, dx), dims=(2, 3))  # the edge wraps around: blank but for a few strokes
+    return x.roll(
+        (dy, dx), dims=(2, 3)
+    )  # wraps around, but MNIST's borders are nearly always blank
 
 
 # ---------- model ----------
-
-
 class Block(nn.Module):
     """Residual block, (B, n_in, H, W) to (B, n_out, H, W)."""
 
@@ -115,15 +88,15 @@ class Block(nn.Module):
         self.bn_1 = nn.BatchNorm2d(n_out)
         self.conv_2 = nn.Conv2d(n_out, n_out, 3, padding=1, bias=False)
         self.bn_2 = nn.BatchNorm2d(n_out)
-        nn.init.zeros_(self.bn_2.weight)
+        nn.init.zeros_(self.bn_2.weight)  # every block starts as its shortcut
         self.shortcut = nn.Identity()
-        if n_in != n_out:
+        if n_in != n_out:  # a 1x1 convolution gives x as many channels as the residual has
             conv = nn.Conv2d(n_in, n_out, 1, bias=False)
             self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(n_out))
 
     def forward(self, x):
-        change = self.bn_2(self.conv_2(F.relu(self.bn_1(self.conv_1(x)))))
-        return F.relu(self.shortcut(x) + change)
+        residual = self.bn_2(self.conv_2(F.relu(self.bn_1(self.conv_1(x)))))
+        return F.relu(self.shortcut(x) + residual)
 
 
 class ResNet(nn.Module):
@@ -144,20 +117,22 @@ class ResNet(nn.Module):
     def forward(self, x):
         x = F.relu(self.bn(self.conv(x)))  # (B, n, 28, 28)
         x = self.blocks(x)  # (B, 4n, 3, 3)
-        return self.out(x.mean(dim=(2, 3)))  # (B, C)
+        return self.out(x.mean(dim=(2, 3)))  # global average pooling, then (B, C)
 
 
 # ---------- optimizer ----------
+class OptaxOptimizer:
+    """Updates torch parameters on the CPU by tx, any gradient transformation of optax.
 
+    An optax optimizer is a pure function: gradients and state (Adam's t, m, v) go in, updates and
+    the next state come out. dlpack passes arrays between torch and JAX by address, without a copy.
+    """
 
-class OptaxAdam:
-    """optax.adam with a schedule (iteration to learning rate) over torch parameters on the CPU."""
-
-    def __init__(self, params, schedule):
-        jax.config.update("jax_platforms", "cpu")  # never take memory on a GPU
+    def __init__(self, params, tx):
+        jax.config.update("jax_platforms", "cpu")
         self.params = list(params)
-        self.tx = optax.adam(schedule)
-        self.state = self.tx.init([jax.dlpack.from_dlpack(p.detach()) for p in self.params])
+        self.tx = tx
+        self.state = tx.init([jax.dlpack.from_dlpack(p.detach()) for p in self.params])
         self.update = jax.jit(self._update)
 
     def _update(self, params, grads, state):
@@ -169,7 +144,6 @@ class OptaxAdam:
             p.grad = None
 
     def step(self):
-        # dlpack passes addresses, not numbers: JAX reads torch's memory, then torch reads JAX's.
         params = [jax.dlpack.from_dlpack(p.detach()) for p in self.params]
         grads = [jax.dlpack.from_dlpack(p.grad) for p in self.params]
         params, self.state = self.update(params, grads, self.state)
@@ -178,35 +152,24 @@ class OptaxAdam:
 
 
 # ---------- evaluation ----------
-
-
 @torch.no_grad()
 def evaluate(model, dataset, name):
-    """Return the mean loss (nats) and the accuracy on a TensorDataset, as name_loss and so on."""
-    model.eval()
+    """Return {name}_loss, in nats, and {name}_accuracy, a fraction, on a TensorDataset."""
+    model.eval()  # batch norm uses its running averages, and leaves them as they are
     x, y = dataset.tensors
-    logits = torch.cat([model(part) for part in x.split(1000)])  # (N, C)
+    logits = torch.cat([model(chunk) for chunk in x.split(1000)])  # (N, C)
     model.train()
     accuracy = (logits.argmax(dim=1) == y).float().mean().item()
     return {f"{name}_loss": F.cross_entropy(logits, y).item(), f"{name}_accuracy": accuracy}
 
 
 # ---------- training ----------
-
-
-def start_run(args):
-    """Make out_dir with an empty metrics.jsonl, and args.json, which tells what made the run."""
-    args.out_dir.mkdir(parents=True, exist_ok=True)
-    (args.out_dir / "metrics.jsonl").write_text("")
-    made_by = {"python": sys.version.split()[0], "torch": torch.__version__, "device": "cpu"}
-    (args.out_dir / "args.json").write_text(json.dumps(vars(args) | made_by, default=str))
-
-
 def log_metrics(args, record):
-    """Append a record to metrics.jsonl and print it above the progress bar; stop at inf or nan."""
+    """Append a record to metrics.jsonl and print it; a loss that is inf or nan ends the run."""
     if not all(map(math.isfinite, record.values())):
-        fail(f"no longer finite, --learning_rate {args.learning_rate}: {record}")
-    with open(args.out_dir / "metrics.jsonl", "a") as file:
+        problem = f"the loss is no longer finite at iteration {record['iter']}"
+        raise FloatingPointError(f"{problem}: lower --learning_rate {args.learning_rate}")
+    with open(args.out_dir / "metrics.jsonl", "a" if record["iter"] else "w") as file:
         file.write(json.dumps(record) + "\n")
     tqdm.write("  ".join(f"{key} {value:.5g}" for key, value in record.items()))
 
@@ -216,32 +179,33 @@ def train(args):
     start = time.perf_counter()
     torch.manual_seed(args.seed)
     train_set, test_set = load_data(args)
-    if args.batch_size > len(train_set):
-        fail(f"--batch_size {args.batch_size} is over the {len(train_set)} training images")
-    train_part = TensorDataset(*train_set[: len(test_set)])  # as many as there are test images
+    train_eval = TensorDataset(*train_set[: len(test_set)])  # as many images as are tested
     batches = minibatches(train_set, args.batch_size)
     model = ResNet(args.n_channel, args.n_layer, 10)
-    schedule = optax.cosine_decay_schedule(args.learning_rate, args.max_iters)
-    optimizer = OptaxAdam(model.parameters(), schedule)
-    start_run(args)
+    warmup_iters = min(args.warmup_iters, args.max_iters - 1)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0, args.learning_rate, warmup_iters, args.max_iters
+    )
+    optimizer = OptaxOptimizer(model.parameters(), optax.adam(schedule))
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "device": "cpu"}
+    (args.out_dir / "args.json").write_text(json.dumps(vars(args) | versions, default=str))
 
-    for iter_num in (bar := tqdm(range(args.max_iters + 1), disable=None)):
+    bar = tqdm(range(args.max_iters + 1), total=args.max_iters, disable=None)
+    for iter_num in bar:
         if iter_num % args.eval_interval == 0 or iter_num == args.max_iters:
             record = {"iter": iter_num, "seconds": time.perf_counter() - start}
             record["learning_rate"] = float(schedule(iter_num))
-            record |= evaluate(model, train_part, "train") | evaluate(model, test_set, "test")
+            record |= evaluate(model, train_eval, "train") | evaluate(model, test_set, "test")
             log_metrics(args, record)
             if iter_num == args.max_iters:
                 break
 
+        # A minibatch gives an unbiased estimate of the full gradient, at a fraction of its cost.
         x, y = next(batches)
         logits = model(augment(x, args.shift))
         loss = F.cross_entropy(logits, y)
-        if not math.isfinite(loss.item()):
-            fail(f"loss {loss} at iteration {iter_num}, --learning_rate {args.learning_rate}")
-        if iter_num % args.log_interval == 0:
-            bar.set_postfix(loss=f"{loss:.4f}")
-
+        bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -252,14 +216,6 @@ def train(args):
 
 
 # ---------- command line ----------
-
-
-def fail(message, exit_code=2):
-    """Leave with one line on standard error."""
-    tqdm.write(f"train.py: error: {message}", file=sys.stderr)
-    raise SystemExit(exit_code)
-
-
 def number(kind, low, high=1e9):
     """Return an argparse type: an int or float (kind) from low to high."""
 
@@ -268,43 +224,40 @@ def number(kind, low, high=1e9):
             return value
         raise ValueError
 
-    convert.__name__ = f"{kind.__name__} from {low:g} to {high:g}"  # argparse puts it in its error
+    convert.__name__ = f"{kind.__name__} from {low:g} to {high:g}"  # argparse's error shows it
     return convert
 
 
 def parse_args(argv=None):
-    """Return the flags of the command line (or of argv), checked."""
+    """Return the command-line flags (by default of this process), checked."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         usage=argparse.SUPPRESS,  # so that an error is one line
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    here = Path(__file__).resolve().parent
     flag = parser.add_argument_group("data").add_argument
-    data_dir = os.environ.get("DATA_DIR", here.parent / "data")
-    flag("--data_dir", type=Path, default=data_dir, help="folder that holds MNIST/raw/")
-    flag("--shift", type=number(int, 0, 27), default=2, help="augmentation, in pixels")
-    flag("--batch_size", type=number(int, 1), default=128, help="examples in a minibatch")
+    data_dir = os.environ.get("DATA_DIR", Path(__file__).parents[1] / "data")
+    flag("--data_dir", type=Path, default=data_dir, help="directory that holds MNIST/raw/")
+    flag("--shift", type=number(int, 0, 27), default=2, help="augmentation: pixels each way")
+    flag("--batch_size", type=number(int, 1), default=128, help="examples per minibatch")
     flag = parser.add_argument_group("model").add_argument
-    flag("--n_layer", type=number(int, 1), default=1, help="residual blocks a stage")
+    flag("--n_layer", type=number(int, 1), default=1, help="residual blocks per stage")
     flag("--n_channel", type=number(int, 1), default=16, help="channels of the first stage")
     flag = parser.add_argument_group("optimizer").add_argument
-    flag("--learning_rate", type=number(float, 1e-9), default=5e-3, help="Adam's, at the start")
-    flag("--max_iters", type=number(int, 1), default=8000, help="minibatches to train on")
+    flag("--learning_rate", type=number(float, 0), default=5e-3, help="peak of the schedule")
+    flag("--warmup_iters", type=number(int, 0), default=200, help="updates of linear warm-up")
+    flag("--max_iters", type=number(int, 1), default=5000, help="number of parameter updates")
     flag = parser.add_argument_group("logging").add_argument
-    flag("--eval_interval", type=number(int, 1), default=800, help="iterations between evaluations")
-    flag("--log_interval", type=number(int, 1), default=10, help="iterations between bar updates")
-    flag("--out_dir", type=Path, default=here / "out", help="everything the run writes")
+    flag("--eval_interval", type=number(int, 1), default=500, help="iterations between evaluations")
+    flag("--out_dir", type=Path, default=Path(__file__).parent / "out", help="output directory")
     flag = parser.add_argument_group("system").add_argument
-    flag("--seed", type=number(int, 0), default=1337, help="same seed, same run")
+    flag("--seed", type=number(int, 0), default=1337, help="seed of the random numbers")
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    args = parse_args()
     try:
-        train(args)
-    except KeyboardInterrupt:
-        fail("interrupted", exit_code=130)
-    except OSError as error:
-        fail(f"cannot write to --out_dir {args.out_dir} or the terminal: {error}")
+        train(parse_args())
+    except (FloatingPointError, MemoryError, OSError) as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
