@@ -159,10 +159,8 @@ def train(args):
     train_eval = TensorDataset(*train_set[: len(test_set)])  # as many images as are tested
     batches = minibatches(train_set, args.batch_size)
     model = ConvNet(10)
-    warmup_iters = min(args.warmup_iters, args.max_iters - 1)
-    schedule = optax.warmup_cosine_decay_schedule(
-        0, args.learning_rate, warmup_iters, args.max_iters
-    )
+    warmup = min(args.warmup_iters, args.max_iters - 1)
+    schedule = optax.warmup_cosine_decay_schedule(0, args.learning_rate, warmup, args.max_iters)
     optimizer = OptaxOptimizer(model.parameters(), optax.adam(schedule))
     args.out_dir.mkdir(parents=True, exist_ok=True)
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "device": "cpu"}

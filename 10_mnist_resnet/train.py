@@ -10,8 +10,7 @@ layers, so that deeper networks still train. Batch norm in f normalizes each cha
 minibatch, whatever the initialization (and makes biases before it redundant); in evaluation it uses
 running averages. Global average pooling replaces the large hidden layer.
 
-Try:     --n_layer 4 (does it still train?), then also without the zeros_ line and with
-         0 * self.shortcut(x) (what did the skip connection do?)
+Try:     --n_layer 4, then also without the zeros_ line and with 0 * self.shortcut(x)
 Source:  He et al. 2016, "Deep residual learning for image recognition"; Ioffe and Szegedy 2015,
          "Batch normalization"; Goyal et al. 2017 (the zero scale at the end of a block).
 """
@@ -182,10 +181,8 @@ def train(args):
     train_eval = TensorDataset(*train_set[: len(test_set)])  # as many images as are tested
     batches = minibatches(train_set, args.batch_size)
     model = ResNet(args.n_channel, args.n_layer, 10)
-    warmup_iters = min(args.warmup_iters, args.max_iters - 1)
-    schedule = optax.warmup_cosine_decay_schedule(
-        0, args.learning_rate, warmup_iters, args.max_iters
-    )
+    warmup = min(args.warmup_iters, args.max_iters - 1)
+    schedule = optax.warmup_cosine_decay_schedule(0, args.learning_rate, warmup, args.max_iters)
     optimizer = OptaxOptimizer(model.parameters(), optax.adam(schedule))
     args.out_dir.mkdir(parents=True, exist_ok=True)
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "device": "cpu"}
