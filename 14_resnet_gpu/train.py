@@ -1,33 +1,36 @@
 """Step 14: the residual network as fast as the hardware allows, on a GPU or a CPU.
 
 Parent:  10_mnist_resnet + 13_transformer
-New:     normalise, compile_model, make_optimizer, schedule, Clock, setup_device, autocast,
-         print_times
-Changed: load_data, minibatches, augment, ResNet, evaluate, start_run, train, parse_args
-Gone:    OptaxAdam
+New:     normalize, make_optimizer, schedule, Clock, setup_device, autocast, print_times
+Changed: load_data, minibatches, augment, ResNet, evaluate, train, parse_args
+Gone:    OptaxOptimizer
 
-The whole data set lies on the device as bytes; shuffling and distorting happen there, many images
-at a time. Filters and activations are bfloat16 with the channels last, one fused kernel updates all
-parameters, and nothing in the loop makes the CPU wait for the device. The table at the end shows
-where the time went. Time to an accuracy is what counts: the learning rate rises and falls once.
+The whole data set stays in the device's memory as uint8; shuffling and augmentation run there, on
+thousands of images at a time. Convolutions run in bfloat16 mixed precision, in the channels-last
+memory format; one fused kernel updates all parameters; nothing in the loop makes the CPU wait for
+the GPU. The first convolution has stride 2, so that all others see a quarter of the pixels. The
+table printed at the end shows where the time went. The speed pays for twice the channels, a random
+affine transformation of every image and test-time augmentation; SGD on a one-cycle schedule and
+label smoothing train in few epochs.
 
-Try:     --dtype float32 (what is slower then: forward, backward or update?)
-         --max_iters 1000 --n_channel 16 --rotate 6 --scale 0.06 (what does the hurry cost?)
-Source:  Smith and Topin 2017, "Super-convergence" (one rise and fall of the learning rate);
-         Szegedy et al. 2016, "Rethinking the Inception architecture" (label smoothing).
+Try:     --dtype float32 (which part of an iteration takes longer?)
+         --max_iters 1000 --n_channel 16 --rotate 6 --scale 0.06 (what accuracy does haste cost?)
+Source:  Smith and Topin 2017, "Super-convergence" (one-cycle schedule); Micikevicius et al. 2018,
+         "Mixed precision training"; Szegedy et al. 2016, "Rethinking the Inception architecture"
+         (label smoothing); Sutskever et al. 2013 (Nesterov momentum).
 """
 
+import signal
+import sys
+
+if __name__ == "__main__":  # Ctrl-C ends the run with exit code 130, also during the imports below
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+
 import argparse
-import gzip
-import hashlib
-import http.client
 import json
 import math
 import os
-import shutil
-import sys
 import time
-import urllib.request
 from itertools import pairwise
 from pathlib import Path
 
@@ -40,93 +43,69 @@ from tqdm import tqdm
 
 from plot import plot_run
 
-ITERATION = ("data", "forward", "backward", "update")  # the parts of an iteration
-VIEWS = [(0, 0), (0, 1), (0, -1), (1, 0), (-1, 0)]  # shifts in pixels: how a tested image is seen
+ITERATION = ("data", "forward", "backward", "update")  # the timed parts of an iteration
+VIEWS = [(0, 0), (0, 1), (0, -1), (1, 0), (-1, 0)]  # test-time augmentation: shifts in pixels
+
 
 # ---------- data ----------
-
-
-MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist"
-MNIST_SHA256 = {  # of the unpacked files
-    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-}
-
-
-def download(url, sha256, path, data_dir):
-    """Fetch url to path, if it is not there; it appears whole and checked, unpacked from .gz."""
-    if path.exists():
-        return
-    try:
-        with urllib.request.urlopen(url, timeout=20) as response:
-            content = response.read()
-        content = gzip.decompress(content) if url.endswith(".gz") else content
-        if hashlib.sha256(content).hexdigest() != sha256:
-            raise OSError("wrong SHA-256")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_bytes(content)
-        part.rename(path)
-    except (OSError, EOFError, http.client.HTTPException) as error:
-        fail(
-            f"{path} is missing and {url} did not arrive ({error}): put the file there, "
-            f"or make a stand-in with: python tests/standins.py {data_dir}"
-        )
-
-
-def load_data(args):
-    """Return MNIST's train and test TensorDataset: bytes x (1, 28, 28) and label y."""
-    raw = args.data_dir / "MNIST" / "raw"
-    for name, sha256 in MNIST_SHA256.items():
-        download(f"{MNIST_URL}/{name}.gz", sha256, raw / name, args.data_dir)
+def load_data(args, device):
+    """Return MNIST's training and test TensorDataset, on device: uint8 x (1, 28, 28), label y."""
     datasets = []
     for name in ("train", "t10k"):
         try:
-            datasets.append(MNIST(args.data_dir, train=name == "train"))
-            if len(datasets[-1].data) != len(datasets[-1].targets):
-                raise ValueError("not as many labels as images")
+            dataset = MNIST(args.data_dir, train=name == "train", download=True)
+            if len(dataset.data) != len(dataset.targets):
+                raise ValueError("the numbers of images and labels differ")
         except (AssertionError, OSError, RuntimeError, ValueError) as error:
-            fail(f"{raw / name}-*: broken or cut short ({error}): delete these files")
-    return [TensorDataset(dataset.data[:, None], dataset.targets) for dataset in datasets]
+            raise OSError(
+                f"{args.data_dir}/MNIST/raw/{name}-*: missing or broken ({error!r:.100}); put "
+                f"MNIST's files there, or stand-ins: python tests/standins.py {args.data_dir}"
+            ) from error
+        datasets.append(dataset)
+    # Copied to the device once; as uint8 all of MNIST takes 55 MB, a quarter of float32's size.
+    return [TensorDataset(d.data[:, None].to(device), d.targets.to(device)) for d in datasets]
 
 
-def normalise(x, stats):
-    """Return pixels x, 0 to 1, with the mean and the standard deviation of stats taken out."""
+def normalize(x, stats):
+    """Return pixels x, 0 to 1, normalized by stats: the training set's mean, standard deviation."""
     mean, std = stats
     return (x - mean) / std
 
 
 def minibatches(args, dataset, stats):
-    """Yield augmented batches (x, y) without end, reshuffled every epoch, made on the device."""
+    """Yield augmented minibatches (x, y) forever, reshuffled every epoch, made on the device."""
     x, y = dataset.tensors
-    n = len(x) - len(x) % args.batch_size  # an incomplete batch is skipped
+    # Equal shapes let the GPU reuse its kernels and memory: an incomplete minibatch is skipped.
+    n = len(x) - len(x) % args.batch_size
     while True:
         order = torch.randperm(len(x), device=x.device)[:n]
-        for chunk in order.split(16 * args.batch_size):  # few large kernels for many batches
-            images = normalise(augment(args, x[chunk] / 255), stats)
+        # A kernel takes microseconds to launch: augment 16 minibatches at once, in few large ones.
+        for chunk in order.split(16 * args.batch_size):
+            images = normalize(augment(args, x[chunk] / 255), stats)
             yield from zip(images.split(args.batch_size), y[chunk].split(args.batch_size))
 
 
 def augment(args, x):
-    """Rotate, stretch and shift each of the images x (B, 1, H, W) in its own random way."""
+    """Rotate, scale and shift each image of x (B, 1, H, W) by its own random affine map."""
 
-    def rand(most):
-        return (2 * torch.rand(len(x), device=x.device) - 1) * most  # (B,)
+    def uniform(high):
+        return (2 * torch.rand(len(x), device=x.device) - 1) * high  # (B,), from -high to high
 
-    angle, width, height = rand(math.radians(args.rotate)), rand(args.scale), rand(args.scale)
+    angle, width, height = (
+        uniform(math.radians(args.rotate)),
+        uniform(args.scale),
+        uniform(args.scale),
+    )
     shift = 2 * args.shift / x.shape[-1]  # grid_sample's coordinates run from -1 to 1
-    to_x = [angle.cos() * (1 + width), -angle.sin() * (1 + width), rand(shift)]
-    to_y = [angle.sin() * (1 + height), angle.cos() * (1 + height), rand(shift)]
+    # theta maps the coordinates of every output pixel to the point of x that it shows.
+    to_x = [angle.cos() * (1 + width), -angle.sin() * (1 + width), uniform(shift)]
+    to_y = [angle.sin() * (1 + height), angle.cos() * (1 + height), uniform(shift)]
     theta = torch.stack(to_x + to_y, dim=1).view(-1, 2, 3)  # (B, 2, 3)
     grid = F.affine_grid(theta, x.shape, align_corners=False)  # (B, H, W, 2)
-    return F.grid_sample(x, grid, align_corners=False)
+    return F.grid_sample(x, grid, align_corners=False)  # bilinear; zeros outside the image
 
 
 # ---------- model ----------
-
-
 class Block(nn.Module):
     """Residual block, (B, n_in, H, W) to (B, n_out, H, W)."""
 
@@ -136,23 +115,19 @@ class Block(nn.Module):
         self.bn_1 = nn.BatchNorm2d(n_out)
         self.conv_2 = nn.Conv2d(n_out, n_out, 3, padding=1, bias=False)
         self.bn_2 = nn.BatchNorm2d(n_out)
-        nn.init.zeros_(self.bn_2.weight)
+        nn.init.zeros_(self.bn_2.weight)  # every block starts as its shortcut
         self.shortcut = nn.Identity()
-        if n_in != n_out:
+        if n_in != n_out:  # a 1x1 convolution gives x as many channels as the residual has
             conv = nn.Conv2d(n_in, n_out, 1, bias=False)
             self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(n_out))
 
     def forward(self, x):
-        change = self.bn_2(self.conv_2(F.relu(self.bn_1(self.conv_1(x)))))
-        return F.relu(self.shortcut(x) + change)
+        residual = self.bn_2(self.conv_2(F.relu(self.bn_1(self.conv_1(x)))))
+        return F.relu(self.shortcut(x) + residual)
 
 
 class ResNet(nn.Module):
-    """Maps images x (B, 1, 28, 28) to logits (B, C): three stages of n_layer residual blocks.
-
-    The first convolution takes every second pixel: norm and pooling of all would cost more time
-    than the convolutions of the first stage.
-    """
+    """Maps images x (B, 1, 28, 28) to logits (B, C): three stages of n_layer residual blocks."""
 
     def __init__(self, n_channel, n_layer, n_classes):
         super().__init__()
@@ -169,54 +144,39 @@ class ResNet(nn.Module):
     def forward(self, x):
         x = F.relu(self.bn(self.conv(x)))  # (B, n, 14, 14)
         x = self.blocks(x)  # (B, 4n, 3, 3)
-        return self.out(x.mean(dim=(2, 3)))  # (B, C)
-
-
-def compile_model(args, model):
-    """Return the model compiled, if --compile asks for it and a C++ compiler is there."""
-    if not args.compile:
-        return model
-    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        print("--compile: there is no C++ compiler here, going on without")
-        return model
-    torch._dynamo.config.suppress_errors = True  # what it cannot compile runs as it is
-    return torch.compile(model, mode="reduce-overhead" if args.device == "cuda" else "default")
+        return self.out(x.mean(dim=(2, 3)))  # global average pooling, then (B, C)
 
 
 # ---------- optimizer ----------
-
-
 def make_optimizer(args, model):
-    """Return SGD with Nesterov momentum, one kernel for the update of all parameters."""
+    """Return SGD with Nesterov momentum and weight decay."""
+    # fused: one kernel updates all parameters, where a loop would launch several for each tensor.
     return torch.optim.SGD(
         model.parameters(), 0.0, 0.9, weight_decay=args.weight_decay, nesterov=True, fused=True
     )
 
 
 def schedule(args, iter_num):
-    """Return the learning rate of an iteration: a linear warm-up, then half a cosine to 0."""
-    if iter_num < args.warmup_iters:
-        return args.learning_rate * (iter_num + 1) / args.warmup_iters
-    done = (iter_num - args.warmup_iters) / (args.max_iters - args.warmup_iters)
-    return args.learning_rate * (1 + math.cos(math.pi * done)) / 2
+    """Return an iteration's learning rate: linear warm-up, then cosine decay to 0 (one cycle)."""
+    warmup_iters = min(args.warmup_iters, args.max_iters // 5)
+    if iter_num < warmup_iters:
+        return args.learning_rate * (iter_num + 1) / warmup_iters
+    progress = (iter_num - warmup_iters) / (args.max_iters - warmup_iters)  # 0 to 1
+    return args.learning_rate * (1 + math.cos(math.pi * progress)) / 2
 
 
 # ---------- evaluation ----------
-
-
 @torch.no_grad()
 def evaluate(args, model, dataset, stats, name):
-    """Return the mean loss (nats) and the accuracy on a TensorDataset, as name_loss and so on.
-
-    The logits of an image are the mean over VIEWS of it.
-    """
-    model.eval()
+    """Return {name}_loss, in nats, and {name}_accuracy, a fraction, on a TensorDataset."""
+    model.eval()  # batch norm uses its running averages, and leaves them as they are
     x, y = dataset.tensors
-    parts = [normalise(part / 255, stats) for part in x.split(1000)]
+    chunks = [normalize(chunk / 255, stats) for chunk in x.split(1000)]
     logits = 0.0
-    with autocast(args):
-        for view in VIEWS:
-            logits += torch.cat([model(part.roll(view, dims=(2, 3))) for part in parts]).float()
+    # Test-time augmentation: the errors made on slightly shifted views of an image partly cancel.
+    for view in VIEWS:
+        with autocast(args):
+            logits += torch.cat([model(chunk.roll(view, dims=(2, 3))) for chunk in chunks]).float()
     logits /= len(VIEWS)  # (N, C)
     model.train()
     accuracy = (logits.argmax(dim=1) == y).float().mean().item()
@@ -224,13 +184,16 @@ def evaluate(args, model, dataset, stats, name):
 
 
 class Clock:
-    """Adds up the seconds of each part of a run; on a GPU by its own clock, without waiting."""
+    """Measures the seconds that each part of a run takes.
 
-    def __init__(self, device):
-        begin = time.perf_counter()
+    A GPU runs asynchronously: the CPU's clock would only show how long launching its kernels took.
+    CUDA events are recorded by the GPU itself, between its kernels; nothing waits for them.
+    """
+
+    def __init__(self, device, start):
         self.device, self.marks = device, []
-        self.mark("start")
-        self.seconds = {"start-up": time.perf_counter() - begin}  # a GPU wakes up
+        self.mark("start")  # on a GPU, this creates the CUDA context
+        self.seconds = {"start-up": time.perf_counter() - start}
 
     def mark(self, part):
         """End a part of the run here; the next one begins."""
@@ -241,33 +204,43 @@ class Clock:
         self.marks.append((part, now))
 
     def read(self):
-        """Return {part: seconds} so far; only here the CPU waits for the device."""
+        """Return {part: seconds} since the last read, having added them to self.seconds."""
         if self.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize()  # the CPU waits until the GPU has reached the last mark
+        latest = {}
         for (_, begin), (part, end) in pairwise(self.marks):
             gpu = self.device.type == "cuda"
             passed = begin.elapsed_time(end) / 1000 if gpu else end - begin
+            latest[part] = latest.get(part, 0.0) + passed
             self.seconds[part] = self.seconds.get(part, 0.0) + passed
         self.marks = self.marks[-1:]
-        return dict(self.seconds)
+        return latest
 
 
 # ---------- training ----------
-
-
 def setup_device(args):
-    """Return the device; settle args.dtype."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: there is none; --device cpu goes on without")
-    if args.dtype == "auto":
-        cpu = torch.cpu.get_capabilities() if args.device == "cpu" else {}
-        fast = args.device == "cuda" or cpu.get("avx512_bf16") or cpu.get("amx_bf16")
-        args.dtype = "bfloat16" if fast else "float32"
+    """Return the torch.device; replace "auto" in args.device and args.dtype by what is there."""
+    has_gpu = torch.cuda.is_available()
+    if args.device == "auto":
+        args.device = "cuda" if has_gpu else "cpu"
+    if args.device == "cuda" and not has_gpu:
+        raise argparse.ArgumentTypeError("--device cuda: torch finds no GPU here; use --device cpu")
+    if args.dtype == "auto":  # bfloat16 where the hardware has it: emulated, it would be slow
+        if args.device == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            cpu = getattr(torch.cpu, "get_capabilities", dict)()  # absent from torch 2.9
+            native = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+        args.dtype = "bfloat16" if native else "float32"
     return torch.device(args.device)
 
 
 def autocast(args):
-    """Return the context in which matrix products run in --dtype; the weights stay float32."""
+    """Return the context of mixed precision: convolutions and matrix products run in --dtype.
+
+    bfloat16 has the range of float32, so that gradients need no loss scaling, but only 8 bits of
+    precision: the parameters stay float32, or small updates would be rounded away.
+    """
     return torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
 
@@ -276,80 +249,72 @@ def print_times(seconds, n_iters):
     total = sum(seconds.values())
     print(f"{'part':12s} {'seconds':>8s} {'share':>6s} {'ms/iteration':>13s}")
     for part, passed in seconds.items():
-        each = f"{1000 * passed / n_iters:13.2f}" if part in ITERATION else ""
-        print(f"{part:12s} {passed:8.2f} {passed / total:6.1%} {each}")
-    print(f"{'all':12s} {total:8.2f} {1:6.1%}")
-
-
-def start_run(args, device):
-    """Make out_dir with an empty metrics.jsonl, and args.json, which tells what made the run."""
-    args.out_dir.mkdir(parents=True, exist_ok=True)
-    (args.out_dir / "metrics.jsonl").write_text("")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    made_by = {"python": sys.version.split()[0], "torch": torch.__version__, "made_on": name}
-    (args.out_dir / "args.json").write_text(json.dumps(vars(args) | made_by, default=str))
+        per_iter = f"{1000 * passed / n_iters:13.2f}" if part in ITERATION else ""
+        print(f"{part:12s} {passed:8.2f} {passed / total:6.1%} {per_iter}")
+    print(f"{'total':12s} {total:8.2f} {1:6.1%}")
 
 
 def log_metrics(args, record):
-    """Append a record to metrics.jsonl and print it above the progress bar; stop at inf or nan."""
+    """Append a record to metrics.jsonl and print it; a loss that is inf or nan ends the run."""
     if not all(map(math.isfinite, record.values())):
-        fail(f"no longer finite, --learning_rate {args.learning_rate}: {record}")
-    with open(args.out_dir / "metrics.jsonl", "a") as file:
+        problem = f"the loss is no longer finite at iteration {record['iter']}"
+        raise FloatingPointError(f"{problem}: lower --learning_rate {args.learning_rate}")
+    with open(args.out_dir / "metrics.jsonl", "a" if record["iter"] else "w") as file:
         file.write(json.dumps(record) + "\n")
     tqdm.write("  ".join(f"{key} {value:.5g}" for key, value in record.items()))
 
 
 def train(args):
     """Run the whole step; return the last record of metrics.jsonl."""
+    start = time.perf_counter()
     device = setup_device(args)
-    clock = Clock(device)
+    clock = Clock(device, start)
     torch.manual_seed(args.seed)
-    train_set, test_set = load_data(args)
+    train_set, test_set = load_data(args, device)
     if args.batch_size > len(train_set):
-        fail(f"--batch_size {args.batch_size} is over the {len(train_set)} training images")
-    train_set, test_set = (
-        TensorDataset(*(tensor.to(device) for tensor in dataset.tensors))
-        for dataset in (train_set, test_set)
-    )
+        problem = f"--batch_size {args.batch_size} exceeds the {len(train_set)} training images"
+        raise argparse.ArgumentTypeError(problem)
     pixels = train_set.tensors[0] / 255
     stats = pixels.mean(), pixels.std()  # tensors on the device
-    train_part = TensorDataset(*train_set[: len(test_set)])  # as many as there are test images
+    train_eval = TensorDataset(*train_set[: len(test_set)])  # as many images as are tested
     batches = minibatches(args, train_set, stats)
+    # channels_last: a pixel's channels are neighbors in memory, as fast convolutions read them.
     model = ResNet(args.n_channel, args.n_layer, 10).to(device, memory_format=torch.channels_last)
-    compiled = compile_model(args, model)
     optimizer = make_optimizer(args, model)
-    start_run(args, device)
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "device": name}
+    (args.out_dir / "args.json").write_text(json.dumps(vars(args) | versions, default=str))
     clock.mark("start-up")
-    since, since_iter = clock.read(), 0
 
-    for iter_num in (bar := tqdm(range(args.max_iters + 1), disable=None)):
+    bar = tqdm(range(args.max_iters + 1), total=args.max_iters, disable=None)
+    for iter_num in bar:
         if iter_num % args.eval_interval == 0 or iter_num == args.max_iters:
-            metrics = evaluate(args, model, train_part, stats, "train")
-            metrics |= evaluate(args, model, test_set, stats, "test")
-            clock.mark("evaluation")
-            seconds = clock.read()
-            record = {"iter": iter_num, "seconds": sum(seconds.values())}
+            latest = clock.read()
+            record = {"iter": iter_num, "seconds": sum(clock.seconds.values())}
             record["learning_rate"] = schedule(args, iter_num)
-            record |= metrics
-            if iter_num > since_iter:
-                passed = {part: seconds[part] - since.get(part, 0.0) for part in ITERATION}
-                n_iters, whole = iter_num - since_iter, sum(passed.values())
-                record |= {f"{part}_ms": 1000 * passed[part] / n_iters for part in ITERATION}
-                record["data_share"] = passed["data"] / whole
-                record["images_per_second"] = n_iters * args.batch_size / whole
-            since, since_iter = seconds, iter_num
+            if iter_num > 0:
+                n_iters = (iter_num - 1) % args.eval_interval + 1  # since the last evaluation
+                total = sum(latest[part] for part in ITERATION)
+                record |= {f"{part}_ms": 1000 * latest[part] / n_iters for part in ITERATION}
+                record["data_share"] = latest["data"] / total
+                record["images_per_second"] = n_iters * args.batch_size / total
+            record |= evaluate(args, model, train_eval, stats, "train")
+            record |= evaluate(args, model, test_set, stats, "test")
             log_metrics(args, record)
-            bar.set_postfix(loss=f"{record['train_loss']:.4f}")
+            # Not every minibatch's loss: to read it, the CPU would have to wait for the GPU.
+            bar.set_postfix(loss=f"{record['train_loss']:.4f}", refresh=False)
+            clock.mark("evaluation")
             if iter_num == args.max_iters:
                 break
 
+        # A minibatch gives an unbiased estimate of the full gradient, at a fraction of its cost.
         x, y = next(batches)
         clock.mark("data")
         with autocast(args):
-            logits = compiled(x)
+            logits = model(x)
         loss = F.cross_entropy(logits.float(), y, label_smoothing=args.label_smoothing)
         clock.mark("forward")
-
         optimizer.zero_grad()
         loss.backward()
         clock.mark("backward")
@@ -358,21 +323,14 @@ def train(args):
         optimizer.step()
         clock.mark("update")
 
-    print_times(seconds, args.max_iters)
+    clock.read()
+    print_times(clock.seconds, args.max_iters)
     print(f"test accuracy {record['test_accuracy']:.2%} after {record['seconds']:.0f} s")
     print(f"picture: {plot_run(args.out_dir)}")
     return record
 
 
 # ---------- command line ----------
-
-
-def fail(message, exit_code=2):
-    """Leave with one line on standard error."""
-    tqdm.write(f"train.py: error: {message}", file=sys.stderr)
-    raise SystemExit(exit_code)
-
-
 def number(kind, low, high=1e9):
     """Return an argparse type: an int or float (kind) from low to high."""
 
@@ -381,56 +339,49 @@ def number(kind, low, high=1e9):
             return value
         raise ValueError
 
-    convert.__name__ = f"{kind.__name__} from {low:g} to {high:g}"  # argparse puts it in its error
+    convert.__name__ = f"{kind.__name__} from {low:g} to {high:g}"  # argparse's error shows it
     return convert
 
 
 def parse_args(argv=None):
-    """Return the flags of the command line (or of argv), checked."""
+    """Return the command-line flags (by default of this process), checked."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         usage=argparse.SUPPRESS,  # so that an error is one line
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    here = Path(__file__).resolve().parent
     flag = parser.add_argument_group("data").add_argument
-    data_dir = os.environ.get("DATA_DIR", here.parent / "data")
-    flag("--data_dir", type=Path, default=data_dir, help="folder that holds MNIST/raw/")
-    flag("--shift", type=number(float, 0, 27), default=2, help="augmentation, in pixels")
-    flag("--rotate", type=number(float, 0, 180), default=10, help="augmentation, in degrees")
-    flag("--scale", type=number(float, 0, 0.9), default=0.1, help="augmentation, as a fraction")
-    flag("--batch_size", type=number(int, 1), default=256, help="examples in a minibatch")
+    data_dir = os.environ.get("DATA_DIR", Path(__file__).parents[1] / "data")
+    flag("--data_dir", type=Path, default=data_dir, help="directory that holds MNIST/raw/")
+    flag("--shift", type=number(float, 0, 27), default=2, help="augmentation: pixels each way")
+    flag("--rotate", type=number(float, 0, 180), default=10, help="augmentation: degrees each way")
+    flag("--scale", type=number(float, 0, 0.9), default=0.1, help="augmentation: 0.1 is +-10%%")
+    flag("--batch_size", type=number(int, 1), default=256, help="examples per minibatch")
     flag = parser.add_argument_group("model").add_argument
-    flag("--n_layer", type=number(int, 1), default=1, help="residual blocks a stage")
+    flag("--n_layer", type=number(int, 1), default=1, help="residual blocks per stage")
     flag("--n_channel", type=number(int, 1), default=32, help="channels of the first stage")
     flag = parser.add_argument_group("optimizer").add_argument
-    flag("--learning_rate", type=number(float, 1e-9), default=0.2, help="SGD's, at its highest")
-    flag("--warmup_iters", type=number(int, 0), default=400, help="at most a fifth of the run")
-    flag("--weight_decay", type=number(float, 0), default=5e-4, help="rule of thumb: 5e-4")
-    flag("--label_smoothing", type=number(float, 0, 1), default=0.1, help="shared by all classes")
-    flag("--max_iters", type=number(int, 1), default=6000, help="minibatches to train on")
+    flag("--learning_rate", type=number(float, 0), default=0.2, help="peak of the schedule")
+    flag("--warmup_iters", type=number(int, 0), default=400, help="at most a fifth of max_iters")
+    flag("--weight_decay", type=number(float, 0), default=5e-4, help="usually 1e-4 to 5e-4")
+    flag("--label_smoothing", type=number(float, 0, 1), default=0.1, help="usually 0 to 0.2")
+    flag("--max_iters", type=number(int, 1), default=6000, help="number of parameter updates")
     flag = parser.add_argument_group("logging").add_argument
-    flag("--eval_interval", type=number(int, 1), default=1000, help="in iterations")
-    flag("--out_dir", type=Path, default=here / "out", help="everything the run writes")
+    flag("--eval_interval", type=number(int, 1), default=1000, help="iterations per evaluation")
+    flag("--out_dir", type=Path, default=Path(__file__).parent / "out", help="output directory")
     flag = parser.add_argument_group("system").add_argument
-    flag("--seed", type=number(int, 0), default=1337, help="same seed, same run")
-    flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: GPU if any")
+    flag("--seed", type=number(int, 0), default=1337, help="seed of the random numbers")
+    flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
     flag("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: fastest")
-    flag("--compile", action="store_true", help="torch.compile: slower to start")
-    args = parser.parse_args(argv)
-    args.warmup_iters = min(args.warmup_iters, args.max_iters // 5)
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    return args
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    args = parse_args()
     try:
-        train(args)
-    except KeyboardInterrupt:
-        fail("interrupted", exit_code=130)
+        train(parse_args())
     except torch.OutOfMemoryError:
-        fail(f"--batch_size {args.batch_size} does not fit into the GPU's memory")
-    except OSError as error:
-        fail(f"cannot write to --out_dir {args.out_dir} or the terminal: {error}")
+        print("train.py: error: out of GPU memory: lower --batch_size", file=sys.stderr)
+        sys.exit(2)
+    except (argparse.ArgumentTypeError, FloatingPointError, MemoryError, OSError) as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

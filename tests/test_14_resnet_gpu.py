@@ -1,5 +1,6 @@
 """Step 14: the data stay on the device, nothing waits, and the clock tells the truth."""
 
+import json
 import time
 
 import pytest
@@ -8,6 +9,7 @@ from steps import TINY, load_step, run_main
 from torch.utils.data import TensorDataset
 
 step = load_step("14")
+CPU = torch.device("cpu")
 
 
 def args_for(*flags):
@@ -92,19 +94,19 @@ def test_an_epoch_shows_every_image_once_and_the_next_in_another_order():
     assert not torch.equal(*orders)
 
 
-def test_pixels_are_normalised_with_the_training_sets_statistics(standins, tmp_path, monkeypatch):
+def test_pixels_are_normalized_with_the_training_sets_statistics(standins, tmp_path, monkeypatch):
     seen, sets = [], {}
     evaluate = step.evaluate
 
     def spy(args, model, dataset, stats, name):
         sets[name] = dataset.tensors
-        x = step.normalise(dataset.tensors[0] / 255, stats)
+        x = step.normalize(dataset.tensors[0] / 255, stats)
         seen.append((name, stats, x.mean().item(), x.std().item()))
         return evaluate(args, model, dataset, stats, name)
 
     monkeypatch.setattr(step, "evaluate", spy)
     step.train(step.parse_args(run_flags(standins, tmp_path)))
-    train_set, test_set = step.load_data(args_for("--data_dir", standins))
+    train_set, test_set = step.load_data(args_for("--data_dir", standins), CPU)
     assert all(torch.equal(*pair) for pair in zip(sets["test"], test_set.tensors))
     assert all(torch.equal(a, b[: len(a)]) for a, b in zip(sets["train"], train_set.tensors))
     pixels = train_set.tensors[0] / 255
@@ -116,15 +118,15 @@ def test_pixels_are_normalised_with_the_training_sets_statistics(standins, tmp_p
 
 def test_evaluation_is_the_mean_over_views_of_every_image():
     torch.manual_seed(0)
-    args, stats = args_for("--dtype", "float32"), (0.1, 0.3)
+    args, stats = args_for("--device", "cpu", "--dtype", "float32"), (0.1, 0.3)
     model = step.ResNet(4, 1, 10)
     model(images(64) - 1)  # running statistics that differ from a batch's
-    x = torch.randint(256, (1100, 1, 28, 28), dtype=torch.uint8)  # two parts, one short
+    x = torch.randint(256, (1100, 1, 28, 28), dtype=torch.uint8)  # two chunks, one short
     y = torch.randint(10, (1100,))
     result = step.evaluate(args, model, TensorDataset(x, y), stats, "test")
     assert model.training
     model.eval()
-    pixels = step.normalise(x / 255, stats)
+    pixels = step.normalize(x / 255, stats)
     with torch.no_grad():
         views = [(0, 0), (0, 1), (0, -1), (1, 0), (-1, 0)]
         logits = torch.stack([model(pixels.roll(view, (2, 3))) for view in views]).mean(0)
@@ -133,7 +135,7 @@ def test_evaluation_is_the_mean_over_views_of_every_image():
     assert result["test_accuracy"] == pytest.approx((logits.argmax(1) == y).float().mean().item())
 
 
-def test_every_update_has_its_gradient_and_its_rate(standins, tmp_path, monkeypatch):
+def test_every_update_has_its_gradient_and_its_learning_rate(standins, tmp_path, monkeypatch):
     make_optimizer, cross_entropy, calls = step.make_optimizer, step.F.cross_entropy, []
 
     def spy_optimizer(args, model):
@@ -189,18 +191,23 @@ def test_nothing_in_the_loop_waits_for_the_device(standins, tmp_path, monkeypatc
 
 
 def test_clock_gives_each_part_its_time():
-    clock = step.Clock(torch.device("cpu"))
+    start = time.perf_counter()
+    time.sleep(0.01)
+    clock = step.Clock(CPU, start)
     for _ in range(2):
         time.sleep(0.02)
         clock.mark("short")
         time.sleep(0.06)
         clock.mark("long")
-    first = clock.read()
-    assert 0.04 <= first["short"] < first["long"]
-    assert first["long"] >= 0.12
-    assert clock.read() == first
-    clock.mark("rest")
-    assert clock.read().keys() == {"start-up", "short", "long", "rest"}
+    latest = clock.read()
+    assert 0.04 <= latest["short"] < latest["long"]
+    assert latest["long"] >= 0.12
+    assert clock.seconds["start-up"] >= 0.01
+    assert clock.seconds == latest | {"start-up": clock.seconds["start-up"]}
+    assert clock.read() == {}
+    clock.mark("short")
+    assert clock.read().keys() == {"short"}
+    assert clock.seconds["short"] > latest["short"]
 
 
 def test_timing_table_adds_up_to_the_wall_time(standins, tmp_path, monkeypatch, capsys):
@@ -209,13 +216,28 @@ def test_timing_table_adds_up_to_the_wall_time(standins, tmp_path, monkeypatch, 
     final = step.train(step.parse_args(run_flags(standins, tmp_path)))
     wall = time.perf_counter() - begin
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    parts = ["start-up", "evaluation", *step.ITERATION, "all"]
+    parts = ["start-up", "evaluation", *step.ITERATION, "total"]
     table = {row[0]: float(row[1]) for row in rows if row and row[0] in parts}
     assert sorted(table) == sorted(parts)
-    total = table.pop("all")
+    total = table.pop("total")
     assert sum(table.values()) == pytest.approx(total, abs=0.05)
-    assert final["seconds"] == pytest.approx(total, abs=0.01)
-    assert final["seconds"] == pytest.approx(wall, rel=0.1, abs=0.1)
+    assert total == pytest.approx(wall, rel=0.1, abs=0.1)
+    # The last record is made before the last evaluation, one of three.
+    assert total - table["evaluation"] < final["seconds"] < total
+
+
+def test_speed_is_measured_since_the_last_evaluation(standins, tmp_path, monkeypatch):
+    """Of ten iterations the third evaluation covers two: 8 and 9."""
+    reads = iter([{}, *(dict.fromkeys(step.ITERATION, 0.016 * n) for n in (4, 4, 2)), {}])
+    monkeypatch.setattr(step.Clock, "read", lambda self: next(reads))
+    more = ["--max_iters", 10, "--eval_interval", 4]
+    step.train(step.parse_args(run_flags(standins, tmp_path, *more)))
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert "data_ms" not in records[0]
+    for record in records[1:]:
+        assert record["data_ms"] == record["update_ms"] == pytest.approx(16)
+        assert record["data_share"] == pytest.approx(0.25)
+        assert record["images_per_second"] == pytest.approx(32 / 0.064)
 
 
 def test_learning_rate_rises_and_falls_once():
@@ -245,19 +267,82 @@ def test_optimizer_is_nesterov_momentum_with_decay():
     torch.testing.assert_close(p.detach(), expected)
 
 
-def test_compile_without_a_compiler_goes_on_and_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(step.shutil, "which", lambda name: None)
-    model = torch.nn.Linear(2, 2)
-    assert step.compile_model(args_for("--compile"), model) is model
-    assert "no C++ compiler" in capsys.readouterr().out
+def test_warmup_takes_a_fifth_of_the_run_at_most():
+    args = args_for("--max_iters", 50, "--warmup_iters", 400, "--learning_rate", 0.3)
+    rates = [step.schedule(args, i) for i in range(51)]
+    assert rates.index(max(rates)) in (9, 10)
+    one = args_for("--max_iters", 1)
+    assert step.schedule(one, 0) == one.learning_rate
+
+
+@pytest.mark.parametrize(("native", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_a_gpu_without_bfloat16_computes_in_float32(native, dtype, monkeypatch):
+    """T4 and V100 emulate bfloat16; is_bf16_supported() says True for them."""
+
+    def is_bf16_supported(including_emulation=True):
+        return native or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    args = args_for()
+    assert step.setup_device(args).type == args.device == "cuda"
+    assert args.dtype == dtype
+    args = args_for("--dtype", "float32")
+    step.setup_device(args)
+    assert args.dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "dtype"),
+    [({"avx2": True}, "float32"), ({"amx_bf16": True}, "bfloat16"), (None, "float32")],
+)
+def test_a_cpu_computes_in_bfloat16_where_it_has_it(capabilities, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    if capabilities is None:  # torch 2.9
+        monkeypatch.delattr(torch.cpu, "get_capabilities")
+    args = args_for("--device", "cpu")
+    assert step.setup_device(args) == CPU
+    assert args.dtype == dtype
+
+
+def test_a_run_leaves_the_process_as_it_was(standins, tmp_path):
+    before = torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()
+    step.train(step.parse_args(run_flags(standins, tmp_path)))
+    assert before == (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled())
+
+
+def error_of(*flags):
+    code, errors = run_main("14_resnet_gpu", *flags)
+    assert code == 2
+    assert len(errors.strip().splitlines()) == 1 and "Traceback" not in errors, errors
+    return errors
+
+
+def test_batch_larger_than_the_training_set_is_one_line(standins, tmp_path):
+    errors = error_of(*run_flags(standins, tmp_path / "o", "--batch_size", 2001))
+    assert "--batch_size 2001" in errors and "2000" in errors
+    assert not (tmp_path / "o").exists()
+    whole = run_flags(standins, tmp_path, "--batch_size", 2000, "--max_iters", 2)
+    assert step.train(step.parse_args(whole))["iter"] == 2
+
+
+def test_out_of_gpu_memory_is_one_line(standins, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.Tensor, "backward", full)
+    assert "--batch_size" in error_of(*run_flags(standins, tmp_path))
+
+
+def test_diverging_run_is_one_line_and_keeps_what_it_wrote(standins, tmp_path):
+    errors = error_of(*run_flags(standins, tmp_path, "--learning_rate", 1e9, "--max_iters", 20))
+    assert "--learning_rate" in errors and "iteration" in errors
+    assert (tmp_path / "metrics.jsonl").read_text()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_without_a_gpu_is_one_line(standins, tmp_path):
-    code, errors = run_main("14_resnet_gpu", *run_flags(standins, tmp_path / "o", "--device=cuda"))
-    assert code == 2
-    assert "--device cuda" in errors
-    assert len(errors.strip().splitlines()) == 1
+    assert "--device cuda" in error_of(*run_flags(standins, tmp_path / "o", "--device=cuda"))
     assert not (tmp_path / "o").exists()
 
 

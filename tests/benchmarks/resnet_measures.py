@@ -17,7 +17,6 @@ from pathlib import Path
 import optax
 import torch
 import torch.nn.functional as F
-from torch.utils.data import TensorDataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from steps import load_step
@@ -42,13 +41,13 @@ def variant(bench, on):
     size = on.get("batch_size", 128)
     args = step_14.parse_args(["--batch_size", str(size), "--data_dir", str(bench.data_dir)])
     args.dtype = "bfloat16" if on.get("bfloat16") else "float32"
-    device = torch.device(args.device if on.get("on_device") else "cpu")
+    device = step_14.setup_device(args)
     torch.manual_seed(0)
     model = (step_14 if on.get("stride") else step_10).ResNet(16, 1, 10).to(device)
     if on.get("on_device"):
-        x, y = (tensor.to(device) for tensor in step_14.load_data(args)[0].tensors)
-        stats = (x / 255).mean(), (x / 255).std()
-        batches = step_14.minibatches(args, TensorDataset(x, y), stats)
+        train_set = step_14.load_data(args, device)[0]
+        pixels = train_set.tensors[0] / 255
+        batches = step_14.minibatches(args, train_set, (pixels.mean(), pixels.std()))
     else:
         plain = step_10.minibatches(step_10.load_data(args)[0], size)
         batches = ((step_10.augment(x, 2), y) for x, y in plain)
@@ -58,7 +57,7 @@ def variant(bench, on):
         optimizer = step_14.make_optimizer(args, model)
         optimizer.param_groups[0]["lr"] = 0.01
     else:
-        optimizer = step_10.OptaxAdam(model.parameters(), optax.constant_schedule(1e-3))
+        optimizer = step_10.OptaxOptimizer(model.parameters(), optax.adam(1e-3))
     network = torch.compile(model) if on.get("compile") else model
 
     def iterate():
@@ -74,15 +73,11 @@ def variant(bench, on):
 
     for _ in range(5):
         iterate()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
     n_iters, begin = 0, time.perf_counter()
     while time.perf_counter() - begin < bench.seconds:
         for _ in range(16):
             iterate()
         n_iters += 16
-        if device.type == "cuda":
-            torch.cuda.synchronize()
     return n_iters * size / (time.perf_counter() - begin)
 
 
