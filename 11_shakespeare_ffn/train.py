@@ -1,33 +1,33 @@
 """Step 11: the next word of Shakespeare, from the words before it.
 
-Parent:  10_mnist_resnet
-New:     split_words, encode, windows, WordMLP
-Changed: load_data, OptaxAdam, evaluate, train, parse_args
-Gone:    augment, Block, ResNet
+Parent:  08_mnist_adam
+New:     read_text, split_words, encode, windows, WordMLP
+Changed: load_data, evaluate, train, parse_args
+Gone:    MLP
 
-The classes are now the words of a vocabulary and x is the block_size words before the one to
-guess. Every word gets a vector, learned with the rest: what the model learns about one word serves
-all words like it. 263,144 words are few, so the lesson is also to forget: without dropout and
-weight decay the model learns them by heart. LayerNorm, and a rate that first rises (warm-up), keep
-the first iterations calm. Watch the test loss pass the best n-gram model's.
+The classes are the words of a vocabulary, and x is a window of block_size words before the one to
+predict. Each word has a learned vector, its embedding: what the model learns about one word serves
+all words with similar vectors. A text of 263,144 words is easily memorized, so regularization is
+part of the idea: dropout, decoupled weight decay (AdamW) and weight tying.
 
 Try:     --dropout 0 --weight_decay 0 (the curves part: why?)
-         --block_size 2 (a trigram model's view); --input FILE (any UTF-8 text)
-Source:  Bengio et al. 2003, "A neural probabilistic language model"; Press and Wolf 2017, "Using
-         the output embedding to improve language models".
+         --block_size 2 (the context of a trigram model); --input FILE (any UTF-8 text)
+Source:  Bengio et al. 2003, "A neural probabilistic language model"; Loshchilov and Hutter 2019
+         (AdamW); Press and Wolf 2017, "Using the output embedding to improve language models".
 """
 
+import signal
+import sys
+
+if __name__ == "__main__":  # Ctrl-C ends the run with exit code 130, also during the imports below
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+
 import argparse
-import gzip
-import hashlib
-import http.client
 import json
 import math
 import os
 import re
-import sys
 import time
-import urllib.request
 from collections import Counter
 from pathlib import Path
 
@@ -36,43 +36,33 @@ import optax
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 from plot import plot_run
 
 # ---------- data ----------
+URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
-TEXT_URL = (
-    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-)
-TEXT_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-
-
-def download(url, sha256, path, data_dir):
-    """Fetch url to path, if it is not there; it appears whole and checked, unpacked from .gz."""
-    if path.exists():
-        return
+def read_text(args):
+    """Return the text of --input, by default tiny Shakespeare, which is downloaded if missing."""
+    path = args.input or args.data_dir / "shakespeare" / "input.txt"
     try:
-        with urllib.request.urlopen(url, timeout=20) as response:
-            content = response.read()
-        content = gzip.decompress(content) if url.endswith(".gz") else content
-        if hashlib.sha256(content).hexdigest() != sha256:
-            raise OSError("wrong SHA-256")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_bytes(content)
-        part.rename(path)
-    except (OSError, EOFError, http.client.HTTPException) as error:
-        fail(
-            f"{path} is missing and {url} did not arrive ({error}): put the file there, "
-            f"or make a stand-in with: python tests/standins.py {data_dir}"
-        )
+        if args.input is None and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(URL, path, SHA256, progress=False)
+        return path.read_text(encoding="utf-8")
+    except (OSError, RuntimeError, UnicodeDecodeError) as error:
+        raise OSError(
+            f"--input {path}: missing or not UTF-8 text ({error!r:.100}); put a text there, or "
+            f"stand-ins: python tests/standins.py {args.data_dir}"
+        ) from error
 
 
 def split_words(text):
-    """Return the words, punctuation marks and newlines of a text in their order, case kept."""
+    """Return the words, punctuation marks and newlines of a text in order, case kept."""
     return re.findall(r"\w+(?:['\u2019]\w+)*|[^\w\s]|\n", text)
 
 
@@ -84,87 +74,77 @@ def encode(words, vocab):
 
 def windows(ids, block_size):
     """Return a TensorDataset of every x (T,), T = block_size words, and y, the word after them."""
-    parts = ids.unfold(0, block_size + 1, 1)  # (len(ids) - T, T + 1)
-    return TensorDataset(parts[:, :-1], parts[:, -1])
+    chunks = ids.unfold(0, block_size + 1, 1)  # (len(ids) - T, T + 1)
+    return TensorDataset(chunks[:, :-1], chunks[:, -1])
 
 
 def load_data(args):
-    """Return the windows of the training and the test part, and the vocabulary, a list of words.
+    """Return the ids of the training and the test words, and the vocabulary, a list of words.
 
-    The first 90% of the characters train. The vocabulary comes from them alone: <unk>, which
-    stands for all other words, and the words seen at least twice.
+    The first 90% of the characters are the training text. It alone determines the vocabulary: the
+    words that occur at least twice, and <unk>, which stands for all others.
     """
-    path = args.input or args.data_dir / "shakespeare" / "input.txt"
-    if args.input is None:
-        download(TEXT_URL, TEXT_SHA256, path, args.data_dir)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"--input {path}: not a readable UTF-8 text ({error})")
-    cut = int(0.9 * len(text))
-    train_words, test_words = split_words(text[:cut]), split_words(text[cut:])
-    if len(train_words) <= args.block_size or not test_words:
-        n_words = f"{len(train_words)} words to train on, {len(test_words)} to test"
-        fail(f"--input {path}: {n_words}, too few for --block_size {args.block_size}")
+    text = read_text(args)
+    split = int(0.9 * len(text))
+    train_words, test_words = split_words(text[:split]), split_words(text[split:])
     counts = Counter(train_words)
     vocab = ["<unk>", *sorted(word for word in counts if counts[word] >= 2)]
-    if len(vocab) == 1:
-        fail(f"--input {path}: no word occurs twice")
+    if len(train_words) <= args.block_size or not test_words or len(vocab) == 1:
+        raise argparse.ArgumentTypeError(
+            f"--input: {len(train_words)} training and {len(test_words)} test words, {len(vocab)} "
+            f"in the vocabulary: too few for --block_size {args.block_size}"
+        )
     train_ids, test_ids = encode(train_words, vocab), encode(test_words, vocab)
-    # The first test words are guessed from the training words before them: each counts once.
-    test_ids = torch.cat([train_ids[-args.block_size :], test_ids])
-    return windows(train_ids, args.block_size), windows(test_ids, args.block_size), vocab
+    # The context of the first test words is the end of the training text: each is scored once.
+    return train_ids, torch.cat([train_ids[-args.block_size :], test_ids]), vocab
 
 
 def minibatches(dataset, batch_size):
-    """Yield batches (x, y) without end, reshuffled every epoch; an incomplete one is skipped."""
-    # The dataset is asked for a whole batch at a time: much faster than for its examples singly.
-    batches = BatchSampler(RandomSampler(dataset), batch_size, drop_last=True)
-    loader = DataLoader(dataset, sampler=batches, batch_size=None)
+    """Yield minibatches (x, y) forever, reshuffled every epoch; an epoch's last may be smaller."""
+    loader = DataLoader(dataset, batch_size, shuffle=True)
     while True:
         yield from loader
 
 
 # ---------- model ----------
-
-
 class WordMLP(nn.Module):
-    """Maps x (B, T) to logits (B, V): T vectors side by side through one hidden layer.
+    """Maps x (B, T) to logits (B, V): the T words' embeddings, concatenated, and a hidden layer.
 
     B batch, T block_size, C n_embd, H n_hidden, V vocab_size
     """
 
-    def __init__(self, block_size, n_embd, n_hidden, vocab_size, dropout):
+    def __init__(self, args, vocab_size):
         super().__init__()
-        self.wte = nn.Embedding(vocab_size, n_embd)
-        self.c_fc = nn.Linear(block_size * n_embd, n_hidden)
-        self.ln_1 = nn.LayerNorm(n_hidden)
-        self.c_proj = nn.Linear(n_hidden, n_embd)
-        self.ln_f = nn.LayerNorm(n_embd)
-        self.lm_head = nn.Linear(n_embd, vocab_size)
-        self.dropout = nn.Dropout(dropout)
+        self.wte = nn.Embedding(vocab_size, args.n_embd)
+        self.c_fc = nn.Linear(args.block_size * args.n_embd, args.n_hidden)
+        self.ln_1 = nn.LayerNorm(args.n_hidden)
+        self.c_proj = nn.Linear(args.n_hidden, args.n_embd)
+        self.ln_f = nn.LayerNorm(args.n_embd)
+        self.lm_head = nn.Linear(args.n_embd, vocab_size)
+        self.dropout = nn.Dropout(args.dropout)  # zeroes this fraction of its input in training
         nn.init.normal_(self.wte.weight, std=0.05)
-        self.lm_head.weight = self.wte.weight  # tied: one vector a word, to read and to write it
+        self.lm_head.weight = self.wte.weight  # weight tying: a word's logit is a dot product
 
     def forward(self, x):
         x = self.dropout(self.wte(x)).flatten(1)  # (B, T * C)
-        x = self.dropout(F.gelu(self.ln_1(self.c_fc(x))))  # (B, H)
+        x = self.dropout(F.gelu(self.ln_1(self.c_fc(x))))  # (B, H); GELU is a smooth ReLU
         x = self.dropout(self.ln_f(self.c_proj(x)))  # (B, C)
         return self.lm_head(x)  # (B, V)
 
 
 # ---------- optimizer ----------
+class OptaxOptimizer:
+    """Updates torch parameters on the CPU by tx, any gradient transformation of optax.
 
+    An optax optimizer is a pure function: gradients and state (Adam's t, m, v) go in, updates and
+    the next state come out. dlpack passes arrays between torch and JAX by address, without a copy.
+    """
 
-class OptaxAdam:
-    """optax.adamw with a schedule (iteration to learning rate) over torch parameters on the CPU."""
-
-    def __init__(self, params, schedule, weight_decay):
-        jax.config.update("jax_platforms", "cpu")  # never take memory on a GPU
+    def __init__(self, params, tx):
+        jax.config.update("jax_platforms", "cpu")
         self.params = list(params)
-        decay = [p.ndim == 2 for p in self.params]  # the matrices, not biases and scales
-        self.tx = optax.adamw(schedule, b2=0.99, weight_decay=weight_decay, mask=decay)
-        self.state = self.tx.init([jax.dlpack.from_dlpack(p.detach()) for p in self.params])
+        self.tx = tx
+        self.state = tx.init([jax.dlpack.from_dlpack(p.detach()) for p in self.params])
         self.update = jax.jit(self._update)
 
     def _update(self, params, grads, state):
@@ -176,7 +156,6 @@ class OptaxAdam:
             p.grad = None
 
     def step(self):
-        # dlpack passes addresses, not numbers: JAX reads torch's memory, then torch reads JAX's.
         params = [jax.dlpack.from_dlpack(p.detach()) for p in self.params]
         grads = [jax.dlpack.from_dlpack(p.grad) for p in self.params]
         params, self.state = self.update(params, grads, self.state)
@@ -185,12 +164,10 @@ class OptaxAdam:
 
 
 # ---------- evaluation ----------
-
-
 @torch.no_grad()
 def evaluate(model, dataset, name):
-    """Return the mean loss (nats) over every y of a TensorDataset, each once, as name_loss."""
-    model.eval()
+    """Return {name}_loss, the mean loss in nats per word, over a TensorDataset."""
+    model.eval()  # no dropout
     loss = 0.0
     for x, y in zip(*(tensor.split(512) for tensor in dataset.tensors)):
         loss += F.cross_entropy(model(x), y, reduction="sum").item()
@@ -199,21 +176,12 @@ def evaluate(model, dataset, name):
 
 
 # ---------- training ----------
-
-
-def start_run(args):
-    """Make out_dir with an empty metrics.jsonl, and args.json, which tells what made the run."""
-    args.out_dir.mkdir(parents=True, exist_ok=True)
-    (args.out_dir / "metrics.jsonl").write_text("")
-    made_by = {"python": sys.version.split()[0], "torch": torch.__version__, "device": "cpu"}
-    (args.out_dir / "args.json").write_text(json.dumps(vars(args) | made_by, default=str))
-
-
 def log_metrics(args, record):
-    """Append a record to metrics.jsonl and print it above the progress bar; stop at inf or nan."""
+    """Append a record to metrics.jsonl and print it; a loss that is inf or nan ends the run."""
     if not all(map(math.isfinite, record.values())):
-        fail(f"no longer finite, --learning_rate {args.learning_rate}: {record}")
-    with open(args.out_dir / "metrics.jsonl", "a") as file:
+        problem = f"the loss is no longer finite at iteration {record['iter']}"
+        raise FloatingPointError(f"{problem}: lower --learning_rate {args.learning_rate}")
+    with open(args.out_dir / "metrics.jsonl", "a" if record["iter"] else "w") as file:
         file.write(json.dumps(record) + "\n")
     tqdm.write("  ".join(f"{key} {value:.5g}" for key, value in record.items()))
 
@@ -222,58 +190,50 @@ def train(args):
     """Run the whole step; return the last record of metrics.jsonl."""
     start = time.perf_counter()
     torch.manual_seed(args.seed)
-    train_set, test_set, vocab = load_data(args)
-    if args.batch_size > len(train_set):
-        fail(f"--batch_size {args.batch_size} is over the {len(train_set)} training windows")
-    train_part = TensorDataset(*train_set[: len(test_set)])  # as many as there are test words
+    train_ids, test_ids, vocab = load_data(args)
+    train_set, test_set = (windows(ids, args.block_size) for ids in (train_ids, test_ids))
+    train_eval = TensorDataset(*train_set[: len(test_set)])  # as many words as are tested
     batches = minibatches(train_set, args.batch_size)
-    model = WordMLP(args.block_size, args.n_embd, args.n_hidden, len(vocab), args.dropout)
-    # Before it reads a word, the model guesses each one as often as it occurs.
-    counts = torch.bincount(train_set.tensors[1], minlength=len(vocab)) + 0.5
+    model = WordMLP(args, len(vocab))
+    # The output bias starts at the log unigram frequencies: they need not be learned.
+    counts = torch.bincount(train_ids, minlength=len(vocab)) + 0.5
     model.lm_head.bias.data = torch.log(counts / counts.sum())
-    warmup_iters = min(args.warmup_iters, args.max_iters - 1)
-    schedule = optax.warmup_cosine_decay_schedule(
-        0, args.learning_rate, warmup_iters, args.max_iters
-    )
-    optimizer = OptaxAdam(model.parameters(), schedule, args.weight_decay)
-    start_run(args)
+    warmup = min(args.warmup_iters, args.max_iters - 1)
+    schedule = optax.warmup_cosine_decay_schedule(0, args.learning_rate, warmup, args.max_iters)
+    # AdamW subtracts lr * weight_decay * w from the matrices, apart from the scaled gradient.
+    matrices = [p.ndim == 2 for p in model.parameters()]
+    tx = optax.adamw(schedule, b2=0.99, weight_decay=args.weight_decay, mask=matrices)
+    optimizer = OptaxOptimizer(model.parameters(), tx)
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "device": "cpu"}
+    (args.out_dir / "args.json").write_text(json.dumps(vars(args) | versions, default=str))
 
-    for iter_num in (bar := tqdm(range(args.max_iters + 1), disable=None)):
+    bar = tqdm(range(args.max_iters + 1), total=args.max_iters, disable=None)
+    for iter_num in bar:
         if iter_num % args.eval_interval == 0 or iter_num == args.max_iters:
             record = {"iter": iter_num, "seconds": time.perf_counter() - start}
             record["learning_rate"] = float(schedule(iter_num))
-            record |= evaluate(model, train_part, "train") | evaluate(model, test_set, "test")
+            record |= evaluate(model, train_eval, "train") | evaluate(model, test_set, "test")
             log_metrics(args, record)
             if iter_num == args.max_iters:
                 break
 
+        # A minibatch gives an unbiased estimate of the full gradient, at a fraction of its cost.
         x, y = next(batches)
         logits = model(x)
         loss = F.cross_entropy(logits, y)
-        if not math.isfinite(loss.item()):
-            fail(f"loss {loss} at iteration {iter_num}, --learning_rate {args.learning_rate}")
-        if iter_num % args.log_interval == 0:
-            bar.set_postfix(loss=f"{loss:.4f}")
-
+        bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
-    perplexity = math.exp(min(record["test_loss"], 700))  # a float ends at exp(709)
+    perplexity = math.exp(min(record["test_loss"], 700))  # math.exp overflows above 709
     print(f"test perplexity {perplexity:.2f} after {record['seconds']:.0f} s")
     print(f"picture: {plot_run(args.out_dir)}")
     return record
 
 
 # ---------- command line ----------
-
-
-def fail(message, exit_code=2):
-    """Leave with one line on standard error."""
-    tqdm.write(f"train.py: error: {message}", file=sys.stderr)
-    raise SystemExit(exit_code)
-
-
 def number(kind, low, high=1e9):
     """Return an argparse type: an int or float (kind) from low to high."""
 
@@ -282,47 +242,43 @@ def number(kind, low, high=1e9):
             return value
         raise ValueError
 
-    convert.__name__ = f"{kind.__name__} from {low:g} to {high:g}"  # argparse puts it in its error
+    convert.__name__ = f"{kind.__name__} from {low:g} to {high:g}"  # argparse's error shows it
     return convert
 
 
 def parse_args(argv=None):
-    """Return the flags of the command line (or of argv), checked."""
+    """Return the command-line flags (by default of this process), checked."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         usage=argparse.SUPPRESS,  # so that an error is one line
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    here = Path(__file__).resolve().parent
     flag = parser.add_argument_group("data").add_argument
-    data_dir = os.environ.get("DATA_DIR", here.parent / "data")
-    flag("--data_dir", type=Path, default=data_dir, help="holds shakespeare/input.txt")
-    flag("--input", type=Path, help="train on this UTF-8 text instead")
-    flag("--batch_size", type=number(int, 1), default=512, help="examples in a minibatch")
+    data_dir = os.environ.get("DATA_DIR", Path(__file__).parents[1] / "data")
+    flag("--data_dir", type=Path, default=data_dir, help="directory with shakespeare/input.txt")
+    flag("--input", type=Path, help="a UTF-8 text to train on instead")
+    flag("--batch_size", type=number(int, 1), default=512, help="windows per minibatch")
     flag = parser.add_argument_group("model").add_argument
-    flag("--block_size", type=number(int, 1), default=8, help="words that the model sees")
-    flag("--n_embd", type=number(int, 1), default=128, help="length of a word's vector")
-    flag("--n_hidden", type=number(int, 1), default=512, help="units in the hidden layer")
-    flag("--dropout", type=number(float, 0, 0.99), default=0.45, help="share of units dropped")
+    flag("--block_size", type=number(int, 1), default=8, help="words of context")
+    flag("--n_embd", type=number(int, 1), default=128, help="size of an embedding")
+    flag("--n_hidden", type=number(int, 1), default=512, help="units of the hidden layer")
+    flag("--dropout", type=number(float, 0, 0.99), default=0.45, help="fraction of units zeroed")
     flag = parser.add_argument_group("optimizer").add_argument
-    flag("--learning_rate", type=number(float, 1e-9), default=2e-3, help="Adam's, at its highest")
-    flag("--warmup_iters", type=number(int, 0), default=300, help="iterations of rising rate")
-    flag("--weight_decay", type=number(float, 0), default=0.5, help="pull of matrices to 0")
-    flag("--max_iters", type=number(int, 1), default=3500, help="minibatches to train on")
+    flag("--learning_rate", type=number(float, 0), default=2e-3, help="peak of the schedule")
+    flag("--warmup_iters", type=number(int, 0), default=300, help="updates of linear warm-up")
+    flag("--weight_decay", type=number(float, 0), default=0.5, help="of matrices; often 0.1")
+    flag("--max_iters", type=number(int, 1), default=3500, help="number of parameter updates")
     flag = parser.add_argument_group("logging").add_argument
     flag("--eval_interval", type=number(int, 1), default=500, help="iterations between evaluations")
-    flag("--log_interval", type=number(int, 1), default=10, help="iterations between bar updates")
-    flag("--out_dir", type=Path, default=here / "out", help="everything the run writes")
+    flag("--out_dir", type=Path, default=Path(__file__).parent / "out", help="output directory")
     flag = parser.add_argument_group("system").add_argument
-    flag("--seed", type=number(int, 0), default=1337, help="same seed, same run")
+    flag("--seed", type=number(int, 0), default=1337, help="seed of the random numbers")
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    args = parse_args()
     try:
-        train(args)
-    except KeyboardInterrupt:
-        fail("interrupted", exit_code=130)
-    except OSError as error:
-        fail(f"cannot write to --out_dir {args.out_dir} or the terminal: {error}")
+        train(parse_args())
+    except (argparse.ArgumentTypeError, FloatingPointError, MemoryError, OSError) as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

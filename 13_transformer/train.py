@@ -1,32 +1,32 @@
 """Step 13: a causal transformer.
 
 Parent:  12_sampling
-New:     scored_windows, CausalSelfAttention, MLP, Block, GPT
+New:     CausalSelfAttention, MLP, Block, GPT
 Changed: windows, load_data, evaluate, generate, sample, train, parse_args
 Gone:    WordMLP
 
-N words in, N next words out: every position guesses the word after it, in one pass. Attention lets
-a position gather from all positions before it, at weights that it works out from the words; the
-mask, a triangle, hides what comes later. So a far longer context costs little, and each word of a
-window teaches. Compare the test loss with step 12's.
+T words in, T next words out: each position predicts the word after it, so one pass gives T training
+signals. In attention a position takes a weighted mean over the positions before it, with weights
+computed from the words themselves: four times step 11's context needs no more parameters per layer.
+A minibatch of 16 windows has as many targets as step 11's 512; this model needs less dropout.
 
-Try:     --no-sdpa (attention written out; the same numbers)
-         --n_layer 1, or --block_size 8 --eval_stride 4 (what do depth and context give?)
+Try:     --n_layer 1, or --block_size 8 --eval_stride 4 (what do depth and context give?)
 Source:  Vaswani et al. 2017, "Attention is all you need"; Radford et al. 2019, "Language models are
-         unsupervised multitask learners" (GPT-2, whose names these are).
+         unsupervised multitask learners" (GPT-2, whose names and normalization these are).
 """
 
+import signal
+import sys
+
+if __name__ == "__main__":  # Ctrl-C ends the run with exit code 130, also during the imports below
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+
 import argparse
-import gzip
-import hashlib
-import http.client
 import json
 import math
 import os
 import re
-import sys
 import time
-import urllib.request
 from collections import Counter
 from pathlib import Path
 
@@ -35,43 +35,33 @@ import optax
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 from plot import plot_run
 
 # ---------- data ----------
+URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
-TEXT_URL = (
-    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-)
-TEXT_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-
-
-def download(url, sha256, path, data_dir):
-    """Fetch url to path, if it is not there; it appears whole and checked, unpacked from .gz."""
-    if path.exists():
-        return
+def read_text(args):
+    """Return the text of --input, by default tiny Shakespeare, which is downloaded if missing."""
+    path = args.input or args.data_dir / "shakespeare" / "input.txt"
     try:
-        with urllib.request.urlopen(url, timeout=20) as response:
-            content = response.read()
-        content = gzip.decompress(content) if url.endswith(".gz") else content
-        if hashlib.sha256(content).hexdigest() != sha256:
-            raise OSError("wrong SHA-256")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_bytes(content)
-        part.rename(path)
-    except (OSError, EOFError, http.client.HTTPException) as error:
-        fail(
-            f"{path} is missing and {url} did not arrive ({error}): put the file there, "
-            f"or make a stand-in with: python tests/standins.py {data_dir}"
-        )
+        if args.input is None and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(URL, path, SHA256, progress=False)
+        return path.read_text(encoding="utf-8")
+    except (OSError, RuntimeError, UnicodeDecodeError) as error:
+        raise OSError(
+            f"--input {path}: missing or not UTF-8 text ({error!r:.100}); put a text there, or "
+            f"stand-ins: python tests/standins.py {args.data_dir}"
+        ) from error
 
 
 def split_words(text):
-    """Return the words, punctuation marks and newlines of a text in their order, case kept."""
+    """Return the words, punctuation marks and newlines of a text in order, case kept."""
     return re.findall(r"\w+(?:['\u2019]\w+)*|[^\w\s]|\n", text)
 
 
@@ -90,76 +80,53 @@ def join_words(words):
 
 
 def windows(ids, block_size):
-    """Return a TensorDataset of every x (T,), T = block_size words, and y (T,), the ones after."""
-    parts = ids.unfold(0, block_size + 1, 1)  # (len(ids) - T, T + 1)
-    return TensorDataset(parts[:, :-1], parts[:, 1:])
-
-
-def scored_windows(ids, block_size, stride):
-    """Return windows that begin stride words apart, each to be scored on its last stride words.
-
-    The first T - stride + 1 ids are only read; every later one is scored once, with at least
-    T - stride words before it. Where y is -100, cross_entropy does not look.
-    """
-    parts = F.pad(ids, (0, stride), value=-100).unfold(0, block_size + 1, stride)  # (N, T + 1)
-    x, y = parts[:, :-1].clamp(min=0), parts[:, 1:].clone()
-    y[:, :-stride] = -100
-    return TensorDataset(x, y)
+    """Return a TensorDataset of every x (T,), T = block_size words, and y (T,), the words after."""
+    chunks = ids.unfold(0, block_size + 1, 1)  # (len(ids) - T, T + 1)
+    return TensorDataset(chunks[:, :-1], chunks[:, 1:])
 
 
 def load_data(args):
-    """Return windows to train on, to score in training and in test text, and the vocabulary.
+    """Return the ids of the training and the test words, and the vocabulary, a list of words.
 
-    The first 90% of the characters train. The vocabulary comes from them alone: <unk>, which
-    stands for all other words, and the words seen at least twice.
+    The first 90% of the characters are the training text. It alone determines the vocabulary: the
+    words that occur at least twice, and <unk>, which stands for all others.
     """
-    path = args.input or args.data_dir / "shakespeare" / "input.txt"
-    if args.input is None:
-        download(TEXT_URL, TEXT_SHA256, path, args.data_dir)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"--input {path}: not a readable UTF-8 text ({error})")
-    cut = int(0.9 * len(text))
-    train_words, test_words = split_words(text[:cut]), split_words(text[cut:])
-    context = args.block_size - args.eval_stride + 1
-    if len(train_words) <= args.block_size or len(test_words) <= context:
-        n_words = f"{len(train_words)} words to train on, {len(test_words)} to test"
-        fail(f"--input {path}: {n_words}, too few for --block_size {args.block_size}")
+    text = read_text(args)
+    split = int(0.9 * len(text))
+    train_words, test_words = split_words(text[:split]), split_words(text[split:])
     counts = Counter(train_words)
     vocab = ["<unk>", *sorted(word for word in counts if counts[word] >= 2)]
-    if len(vocab) == 1:
-        fail(f"--input {path}: no word occurs twice")
+    if len(train_words) <= args.block_size or not test_words or len(vocab) == 1:
+        raise argparse.ArgumentTypeError(
+            f"--input: {len(train_words)} training and {len(test_words)} test words, {len(vocab)} "
+            f"in the vocabulary: too few for --block_size {args.block_size}"
+        )
     train_ids, test_ids = encode(train_words, vocab), encode(test_words, vocab)
-    # The first test words are guessed from the training words before them: each counts once.
-    train_part = scored_windows(train_ids[: len(test_ids)], args.block_size, args.eval_stride)
-    test_ids = torch.cat([train_ids[-context:], test_ids])
-    test_set = scored_windows(test_ids, args.block_size, args.eval_stride)
-    return windows(train_ids, args.block_size), train_part, test_set, vocab
+    # The context of the first test words is the end of the training text: each is scored once.
+    context = args.block_size - args.eval_stride + 1
+    return train_ids, torch.cat([train_ids[-context:], test_ids]), vocab
 
 
 def minibatches(dataset, batch_size):
-    """Yield batches (x, y) without end, reshuffled every epoch; an incomplete one is skipped."""
-    # The dataset is asked for a whole batch at a time: much faster than for its examples singly.
-    batches = BatchSampler(RandomSampler(dataset), batch_size, drop_last=True)
-    loader = DataLoader(dataset, sampler=batches, batch_size=None)
+    """Yield minibatches (x, y) forever, reshuffled every epoch; an epoch's last may be smaller."""
+    loader = DataLoader(dataset, batch_size, shuffle=True)
     while True:
         yield from loader
 
 
 # ---------- model ----------
-
-
 # B batch, T words, C n_embd, H n_head, D = C / H, V vocab_size
-
-
 class CausalSelfAttention(nn.Module):
-    """Every position gathers from itself and the positions before it, (B, T, C) to (B, T, C)."""
+    """Each position attends to itself and to the positions before it, (B, T, C) to (B, T, C).
+
+    Linear maps give each position a query q, a key k and a value v. The dot product of a query and
+    a key scores how relevant that position is; softmax turns the scores into the weights of a mean
+    over the values. Each of H heads has its own, so that a position can attend to several others.
+    """
 
     def __init__(self, args):
         super().__init__()
         self.n_head = args.n_head
-        self.sdpa = args.sdpa
         self.c_attn = nn.Linear(args.n_embd, 3 * args.n_embd)
         self.c_proj = nn.Linear(args.n_embd, args.n_embd)
 
@@ -167,18 +134,15 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
-        if self.sdpa:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
-        else:
-            # A sum of D products grows like sqrt(D); divided by it, the softmax starts out soft.
-            scores = q @ k.mT / math.sqrt(C // self.n_head)  # (B, H, T, T)
-            mask = torch.ones(T, T, dtype=torch.bool).tril()  # row t may look at columns 0 to t
-            y = scores.masked_fill(~mask, -math.inf).softmax(dim=3) @ v  # (B, H, T, D)
+        # A dot product of D terms has standard deviation sqrt(D): divide, or softmax saturates.
+        scores = q @ k.mT / math.sqrt(C // self.n_head)  # (B, H, T, T)
+        mask = torch.ones(T, T, dtype=torch.bool).tril()  # position t sees positions 0 to t
+        y = scores.masked_fill(~mask, -math.inf).softmax(dim=3) @ v  # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
 
 
 class MLP(nn.Module):
-    """Every position works on what it gathered, (B, T, C) to (B, T, C)."""
+    """Position-wise feed-forward network, (B, T, C) to (B, T, C)."""
 
     def __init__(self, args):
         super().__init__()
@@ -190,7 +154,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Two residual steps, each on normalised input: attention, then the MLP."""
+    """Transformer block: attention and MLP, each with layer norm before and a skip connection."""
 
     def __init__(self, args):
         super().__init__()
@@ -215,32 +179,34 @@ class GPT(nn.Module):
         self.h = nn.Sequential(*(Block(args) for _ in range(args.n_layer)))
         self.ln_f = nn.LayerNorm(args.n_embd)
         self.lm_head = nn.Linear(args.n_embd, vocab_size)
-        self.dropout = nn.Dropout(args.dropout)
+        self.dropout = nn.Dropout(args.dropout)  # zeroes this fraction of its input in training
         nn.init.normal_(self.wte.weight, std=0.05)
         nn.init.normal_(self.wpe.weight, std=0.05)
         for name, p in self.h.named_parameters():
-            if name.endswith("c_proj.weight"):  # small: every block begins near the identity
+            if name.endswith("c_proj.weight"):  # the 2 n_layer residuals add up: start them small
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * args.n_layer))
-        self.lm_head.weight = self.wte.weight  # tied: one vector a word, to read and to write it
+        self.lm_head.weight = self.wte.weight  # weight tying: a word's logit is a dot product
 
     def forward(self, x):
+        # A weighted mean ignores order: the position embeddings wpe say where each word stands.
         x = self.dropout(self.wte(x) + self.wpe.weight[: x.shape[1]])  # (B, T, C)
         x = self.dropout(self.ln_f(self.h(x)))  # (B, T, C)
         return self.lm_head(x)  # (B, T, V)
 
 
 # ---------- optimizer ----------
+class OptaxOptimizer:
+    """Updates torch parameters on the CPU by tx, any gradient transformation of optax.
 
+    An optax optimizer is a pure function: gradients and state (Adam's t, m, v) go in, updates and
+    the next state come out. dlpack passes arrays between torch and JAX by address, without a copy.
+    """
 
-class OptaxAdam:
-    """optax.adamw with a schedule (iteration to learning rate) over torch parameters on the CPU."""
-
-    def __init__(self, params, schedule, weight_decay):
-        jax.config.update("jax_platforms", "cpu")  # never take memory on a GPU
+    def __init__(self, params, tx):
+        jax.config.update("jax_platforms", "cpu")
         self.params = list(params)
-        decay = [p.ndim == 2 for p in self.params]  # the matrices, not biases and scales
-        self.tx = optax.adamw(schedule, b2=0.99, weight_decay=weight_decay, mask=decay)
-        self.state = self.tx.init([jax.dlpack.from_dlpack(p.detach()) for p in self.params])
+        self.tx = tx
+        self.state = tx.init([jax.dlpack.from_dlpack(p.detach()) for p in self.params])
         self.update = jax.jit(self._update)
 
     def _update(self, params, grads, state):
@@ -252,7 +218,6 @@ class OptaxAdam:
             p.grad = None
 
     def step(self):
-        # dlpack passes addresses, not numbers: JAX reads torch's memory, then torch reads JAX's.
         params = [jax.dlpack.from_dlpack(p.detach()) for p in self.params]
         grads = [jax.dlpack.from_dlpack(p.grad) for p in self.params]
         params, self.state = self.update(params, grads, self.state)
@@ -261,29 +226,37 @@ class OptaxAdam:
 
 
 # ---------- evaluation ----------
-
-
 @torch.no_grad()
-def evaluate(model, dataset, name):
-    """Return the mean loss (nats) over every scored y of a TensorDataset as name_loss."""
-    model.eval()
+def evaluate(args, model, ids, name):
+    """Return {name}_loss, the mean loss in nats per word: sliding-window evaluation.
+
+    A window's first words have little context. So windows start eval_stride words apart and count
+    only their last eval_stride targets: every word once, after at least T - eval_stride + 1 words.
+    """
+    model.eval()  # no dropout
+    ids = F.pad(ids, (0, args.eval_stride), value=-100)  # cross_entropy's ignore_index
+    chunks = ids.unfold(0, args.block_size + 1, args.eval_stride)  # (N, T + 1)
+    inputs, targets = chunks[:, :-1].clamp(min=0), chunks[:, 1:].clone()
+    targets[:, : -args.eval_stride] = -100
     loss = 0.0
-    for x, y in zip(*(tensor.split(16) for tensor in dataset.tensors)):
+    for x, y in zip(inputs.split(16), targets.split(16)):
         loss += F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="sum").item()
     model.train()
-    return {f"{name}_loss": loss / (dataset.tensors[1] >= 0).sum().item()}
+    return {f"{name}_loss": loss / (targets >= 0).sum().item()}
 
 
 @torch.no_grad()
 def generate(args, model, ids):
-    """Return ids (1, N) and max_new_tokens more, each drawn from the model's guess."""
+    """Return ids (1, N) followed by max_new_tokens ids sampled from the model."""
     model.eval()
-    generator = torch.Generator().manual_seed(args.seed)  # training draws from another one
+    generator = torch.Generator().manual_seed(
+        args.seed
+    )  # apart from the random numbers of training
     for _ in range(args.max_new_tokens):
         logits = model(ids[:, -args.block_size :])[:, -1]  # (1, V)
-        logits[:, 0] = -math.inf  # <unk> is no word to write
+        logits[:, 0] = -math.inf  # never sample <unk>
         if args.top_k:
-            kth = logits.topk(args.top_k).values[:, -1:]  # (1, 1)
+            kth = logits.topk(min(args.top_k, logits.shape[1])).values[:, -1:]  # (1, 1)
             logits[logits < kth] = -math.inf
         p = (logits / args.temperature).softmax(dim=1)
         ids = torch.cat([ids, torch.multinomial(p, 1, generator=generator)], dim=1)
@@ -292,27 +265,18 @@ def generate(args, model, ids):
 
 
 def sample(args, model, vocab):
-    """Return a text that begins with --prompt and that the model goes on with."""
+    """Return --prompt and its continuation by the model, as text."""
     ids = generate(args, model, encode(split_words(args.prompt) or ["\n"], vocab)[None])
     return join_words(vocab[i] for i in ids[0])
 
 
 # ---------- training ----------
-
-
-def start_run(args):
-    """Make out_dir with an empty metrics.jsonl, and args.json, which tells what made the run."""
-    args.out_dir.mkdir(parents=True, exist_ok=True)
-    (args.out_dir / "metrics.jsonl").write_text("")
-    made_by = {"python": sys.version.split()[0], "torch": torch.__version__, "device": "cpu"}
-    (args.out_dir / "args.json").write_text(json.dumps(vars(args) | made_by, default=str))
-
-
 def log_metrics(args, record):
-    """Append a record to metrics.jsonl and print it above the progress bar; stop at inf or nan."""
+    """Append a record to metrics.jsonl and print it; a loss that is inf or nan ends the run."""
     if not all(map(math.isfinite, record.values())):
-        fail(f"no longer finite, --learning_rate {args.learning_rate}: {record}")
-    with open(args.out_dir / "metrics.jsonl", "a") as file:
+        problem = f"the loss is no longer finite at iteration {record['iter']}"
+        raise FloatingPointError(f"{problem}: lower --learning_rate {args.learning_rate}")
+    with open(args.out_dir / "metrics.jsonl", "a" if record["iter"] else "w") as file:
         file.write(json.dumps(record) + "\n")
     tqdm.write("  ".join(f"{key} {value:.5g}" for key, value in record.items()))
 
@@ -329,63 +293,51 @@ def train(args):
     """Run the whole step; return the last record of metrics.jsonl."""
     start = time.perf_counter()
     torch.manual_seed(args.seed)
-    train_set, train_part, test_set, vocab = load_data(args)
-    if args.batch_size > len(train_set):
-        fail(f"--batch_size {args.batch_size} is over the {len(train_set)} training windows")
-    if args.top_k > len(vocab):
-        fail(f"--top_k {args.top_k} is over the {len(vocab)} words of the vocabulary")
-    unknown = sorted(set(split_words(args.prompt)) - set(vocab))
-    if unknown:
-        print(f"--prompt: not in the vocabulary, read as <unk>: {unknown}")
-    batches = minibatches(train_set, args.batch_size)
+    train_ids, test_ids, vocab = load_data(args)
+    train_eval = train_ids[: len(test_ids)]  # as many words as are tested
+    batches = minibatches(windows(train_ids, args.block_size), args.batch_size)
     model = GPT(args, len(vocab))
-    # Before it reads a word, the model guesses each one as often as it occurs.
-    counts = torch.bincount(train_set.tensors[1][:, 0], minlength=len(vocab)) + 0.5
+    # The output bias starts at the log unigram frequencies: they need not be learned.
+    counts = torch.bincount(train_ids, minlength=len(vocab)) + 0.5
     model.lm_head.bias.data = torch.log(counts / counts.sum())
-    warmup_iters = min(args.warmup_iters, args.max_iters - 1)
-    schedule = optax.warmup_cosine_decay_schedule(
-        0, args.learning_rate, warmup_iters, args.max_iters
-    )
-    optimizer = OptaxAdam(model.parameters(), schedule, args.weight_decay)
-    start_run(args)
+    warmup = min(args.warmup_iters, args.max_iters - 1)
+    schedule = optax.warmup_cosine_decay_schedule(0, args.learning_rate, warmup, args.max_iters)
+    # AdamW subtracts lr * weight_decay * w from the matrices, apart from the scaled gradient.
+    matrices = [p.ndim == 2 for p in model.parameters()]
+    tx = optax.adamw(schedule, b2=0.99, weight_decay=args.weight_decay, mask=matrices)
+    optimizer = OptaxOptimizer(model.parameters(), tx)
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "device": "cpu"}
+    (args.out_dir / "args.json").write_text(json.dumps(vars(args) | versions, default=str))
 
-    for iter_num in (bar := tqdm(range(args.max_iters + 1), disable=None)):
+    bar = tqdm(range(args.max_iters + 1), total=args.max_iters, disable=None)
+    for iter_num in bar:
         if iter_num % args.eval_interval == 0 or iter_num == args.max_iters:
             record = {"iter": iter_num, "seconds": time.perf_counter() - start}
             record["learning_rate"] = float(schedule(iter_num))
-            record |= evaluate(model, train_part, "train") | evaluate(model, test_set, "test")
+            record |= evaluate(args, model, train_eval, "train")
+            record |= evaluate(args, model, test_ids, "test")
             log_metrics(args, record)
             log_sample(args, record, sample(args, model, vocab))
             if iter_num == args.max_iters:
                 break
 
+        # A minibatch gives an unbiased estimate of the full gradient, at a fraction of its cost.
         x, y = next(batches)
         logits = model(x)
-        loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
-        if not math.isfinite(loss.item()):
-            fail(f"loss {loss} at iteration {iter_num}, --learning_rate {args.learning_rate}")
-        if iter_num % args.log_interval == 0:
-            bar.set_postfix(loss=f"{loss:.4f}")
-
+        loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())  # the mean over B * T words
+        bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
-    perplexity = math.exp(min(record["test_loss"], 700))  # a float ends at exp(709)
+    perplexity = math.exp(min(record["test_loss"], 700))  # math.exp overflows above 709
     print(f"test perplexity {perplexity:.2f} after {record['seconds']:.0f} s")
     print(f"picture: {plot_run(args.out_dir)}")
     return record
 
 
 # ---------- command line ----------
-
-
-def fail(message, exit_code=2):
-    """Leave with one line on standard error."""
-    tqdm.write(f"train.py: error: {message}", file=sys.stderr)
-    raise SystemExit(exit_code)
-
-
 def number(kind, low, high=1e9):
     """Return an argparse type: an int or float (kind) from low to high."""
 
@@ -394,48 +346,44 @@ def number(kind, low, high=1e9):
             return value
         raise ValueError
 
-    convert.__name__ = f"{kind.__name__} from {low:g} to {high:g}"  # argparse puts it in its error
+    convert.__name__ = f"{kind.__name__} from {low:g} to {high:g}"  # argparse's error shows it
     return convert
 
 
 def parse_args(argv=None):
-    """Return the flags of the command line (or of argv), checked."""
+    """Return the command-line flags (by default of this process), checked."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         usage=argparse.SUPPRESS,  # so that an error is one line
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    here = Path(__file__).resolve().parent
     flag = parser.add_argument_group("data").add_argument
-    data_dir = os.environ.get("DATA_DIR", here.parent / "data")
-    flag("--data_dir", type=Path, default=data_dir, help="holds shakespeare/input.txt")
-    flag("--input", type=Path, help="train on this UTF-8 text instead")
-    flag("--batch_size", type=number(int, 1), default=16, help="examples in a minibatch")
+    data_dir = os.environ.get("DATA_DIR", Path(__file__).parents[1] / "data")
+    flag("--data_dir", type=Path, default=data_dir, help="directory with shakespeare/input.txt")
+    flag("--input", type=Path, help="a UTF-8 text to train on instead")
+    flag("--batch_size", type=number(int, 1), default=16, help="windows per minibatch")
     flag = parser.add_argument_group("model").add_argument
-    flag("--block_size", type=number(int, 1), default=32, help="words that the model sees")
-    flag("--n_layer", type=number(int, 1), default=2, help="blocks")
-    flag("--n_head", type=number(int, 1), default=4, help="heads; divides n_embd")
-    flag("--n_embd", type=number(int, 1), default=128, help="length of a word's vector")
-    flag("--dropout", type=number(float, 0, 0.99), default=0.2, help="share of units dropped")
-    sdpa = argparse.BooleanOptionalAction
-    flag("--sdpa", action=sdpa, default=True, help="torch's attention, not the one written out")
+    flag("--block_size", type=number(int, 1), default=32, help="words of context")
+    flag("--n_layer", type=number(int, 1), default=2, help="number of blocks")
+    flag("--n_head", type=number(int, 1), default=4, help="attention heads; divides n_embd")
+    flag("--n_embd", type=number(int, 1), default=128, help="size of an embedding")
+    flag("--dropout", type=number(float, 0, 0.99), default=0.2, help="fraction of units zeroed")
     flag = parser.add_argument_group("optimizer").add_argument
-    flag("--learning_rate", type=number(float, 1e-9), default=3e-3, help="Adam's, at its highest")
-    flag("--warmup_iters", type=number(int, 0), default=300, help="iterations of rising rate")
-    flag("--weight_decay", type=number(float, 0), default=0.5, help="pull of matrices to 0")
-    flag("--max_iters", type=number(int, 1), default=4000, help="minibatches to train on")
+    flag("--learning_rate", type=number(float, 0), default=2e-3, help="peak of the schedule")
+    flag("--warmup_iters", type=number(int, 0), default=300, help="updates of linear warm-up")
+    flag("--weight_decay", type=number(float, 0), default=0.5, help="of matrices; often 0.1")
+    flag("--max_iters", type=number(int, 1), default=3500, help="number of parameter updates")
     flag = parser.add_argument_group("sampling").add_argument
-    flag("--prompt", default="\n", help="the samples' beginning; unknown words become <unk>")
-    flag("--max_new_tokens", type=number(int, 0), default=100, help="words in a sample")
-    flag("--temperature", type=number(float, 1e-6), default=0.8, help="1: as guessed; less: safer")
-    flag("--top_k", type=number(int, 0), default=40, help="of the k likeliest only; 0: of all")
+    flag("--prompt", default="\n", help="start of the samples; unknown words become <unk>")
+    flag("--max_new_tokens", type=number(int, 0), default=100, help="words per sample")
+    flag("--temperature", type=number(float, 1e-6), default=0.8, help="usually 0.5 to 1")
+    flag("--top_k", type=number(int, 0), default=40, help="sample from the k most likely; 0: all")
     flag = parser.add_argument_group("logging").add_argument
-    flag("--eval_stride", type=number(int, 1), default=16, help="words a test window is scored on")
+    flag("--eval_stride", type=number(int, 1), default=16, help="words between test windows")
     flag("--eval_interval", type=number(int, 1), default=500, help="iterations between evaluations")
-    flag("--log_interval", type=number(int, 1), default=10, help="iterations between bar updates")
-    flag("--out_dir", type=Path, default=here / "out", help="everything the run writes")
+    flag("--out_dir", type=Path, default=Path(__file__).parent / "out", help="output directory")
     flag = parser.add_argument_group("system").add_argument
-    flag("--seed", type=number(int, 0), default=1337, help="same seed, same run")
+    flag("--seed", type=number(int, 0), default=1337, help="seed of the random numbers")
     args = parser.parse_args(argv)
     if args.n_embd % args.n_head:
         parser.error(f"--n_embd {args.n_embd} is not divisible by --n_head {args.n_head}")
@@ -445,10 +393,8 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    args = parse_args()
     try:
-        train(args)
-    except KeyboardInterrupt:
-        fail("interrupted", exit_code=130)
-    except OSError as error:
-        fail(f"cannot write to --out_dir {args.out_dir} or the terminal: {error}")
+        train(parse_args())
+    except (argparse.ArgumentTypeError, FloatingPointError, MemoryError, OSError) as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
