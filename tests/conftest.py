@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import signal
+import urllib.error
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,7 +12,21 @@ import standins as standins_script
 import torch
 from steps import ROOT, run_alone, tiny_flags
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+N_THREADS = min(2, torch.get_num_threads())
+
+
+@pytest.fixture(autouse=True)
+def process_wide_settings():
+    """Every test begins with the same settings of the process: a step may change them for a run."""
+    torch.set_num_threads(N_THREADS)
+    torch.set_float32_matmul_precision("highest")
+    torch.set_default_dtype(torch.float32)
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.deterministic = torch.backends.cudnn.benchmark = False
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +51,7 @@ def no_network(monkeypatch):
     """Every download fails at once."""
 
     def urlopen(*args, **kwargs):
-        raise OSError("no network")
+        raise urllib.error.URLError("no network")
 
     monkeypatch.setattr("urllib.request.urlopen", urlopen)
 

@@ -3,10 +3,12 @@
 import ast
 import contextlib
 import functools
+import importlib
 import importlib.util
 import io
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,9 +25,11 @@ TINY = {
     "05_mlp_manual": "--n_examples 500 --max_iters 20 --eval_interval 10 --n_hidden 16",
     "06_mlp_nn": "--n_examples 500 --max_iters 20 --eval_interval 10 --n_hidden 16",
     "07_mnist_mlp": "--max_iters 6 --eval_interval 3 --batch_size 32 --n_hidden 16",
-    "08_mnist_adam": "--max_iters 6 --eval_interval 3 --batch_size 32 --n_hidden 16",
-    "09_mnist_convnet": "--max_iters 4 --eval_interval 2 --batch_size 32",
-    "10_mnist_resnet": "--max_iters 4 --eval_interval 2 --batch_size 32 --n_channel 4",
+    "08_mnist_adam": "--max_iters 6 --eval_interval 3 --batch_size 32 --n_hidden 16"
+    " --warmup_iters 2",
+    "09_mnist_convnet": "--max_iters 4 --eval_interval 2 --batch_size 32 --warmup_iters 1",
+    "10_mnist_resnet": "--max_iters 4 --eval_interval 2 --batch_size 32 --warmup_iters 1"
+    " --n_channel 4",
     "11_shakespeare_ffn": "--max_iters 6 --eval_interval 3 --batch_size 32 --n_embd 16",
     "12_sampling": "--max_iters 6 --eval_interval 3 --batch_size 32 --n_embd 16"
     " --max_new_tokens 10",
@@ -77,9 +81,15 @@ def load_step(step):
     return module
 
 
+def load_plot(step):
+    """Import a step's plot.py as a module of its own."""
+    with plot_of(ROOT / step):
+        return importlib.import_module("plot")
+
+
 def run_main(step, *flags, script="train.py"):
     """Run a step as `python train.py FLAGS` does, in this process: (exit code, stderr)."""
-    errors, argv = io.StringIO(), sys.argv
+    errors, argv, on_interrupt = io.StringIO(), sys.argv, signal.getsignal(signal.SIGINT)
     sys.argv = [script, *map(str, flags)]
     with plot_of(ROOT / step), contextlib.redirect_stderr(errors):
         try:
@@ -89,6 +99,7 @@ def run_main(step, *flags, script="train.py"):
             code = end.code
         finally:
             sys.argv = argv
+            signal.signal(signal.SIGINT, on_interrupt)  # the script installs a handler of its own
     return code, errors.getvalue()
 
 

@@ -1,4 +1,8 @@
-"""Steps 01 to 06: gradients, losses and networks, each held against something known."""
+"""Steps 01 to 06: gradients, losses and networks, each held against something known.
+
+For every step a reference repeats its training on the same data and minibatches, with the gradient
+in closed form or from PyTorch. A `train` that leaves out an idea of the step has another curve.
+"""
 
 import json
 import math
@@ -6,27 +10,212 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from steps import load_step
+from torch.utils.data import TensorDataset
 
 step_01, step_02, step_03 = load_step("01"), load_step("02"), load_step("03")
 step_04, step_05, step_06 = load_step("04"), load_step("05"), load_step("06")
+REGRESSION = [step_01, step_02, step_03]
+MLPS = [step_05, step_06]
+SHORT = "--n_examples 2000 --max_iters 40 --eval_interval 1".split()
 
 
-def curve(step, out_dir, *flags):
-    """Run a step and return its train_loss at every evaluation."""
-    args = ["--n_examples", "2000", "--max_iters", "60", "--eval_interval", "1", *flags]
-    step.train(step.parse_args([*args, "--out_dir", str(out_dir)]))
-    lines = (out_dir / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["train_loss"] for line in lines]
+def name(step):
+    return step.__name__
 
 
-@pytest.mark.parametrize("step", [step_01, step_02, step_03], ids=lambda step: step.__name__)
+def run(step, out_dir, *flags):
+    """Run a step; return its arguments and the records of metrics.jsonl."""
+    args = step.parse_args([*SHORT, *flags, "--out_dir", str(out_dir)])
+    final = step.train(args)
+    records = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+    assert final == records[-1]
+    assert [record["iter"] for record in records] == list(range(args.max_iters + 1))
+    return args, records
+
+
+def curve(records, key="train_loss"):
+    return [record[key] for record in records]
+
+
+def assert_falls(losses):
+    """A curve that is compared with another must go down, or equality would say little."""
+    assert losses[-1] < 0.9 * losses[0]
+
+
+# ---------- the ideas of each step's training ----------
+
+
+def descend_regression(step, args):
+    """Return the losses and parameter errors of gradient descent in float64, as records."""
+    rng = np.random.default_rng(args.seed)
+    x, y, teacher = step.load_data(args, rng)
+    batches = step.minibatches(x, y, args.batch_size, rng)
+    truth = np.array([*np.ravel(teacher["w"]), teacher["b"]], float)
+    theta, records = np.zeros(len(truth)), []
+
+    def errors(x, y):  # of a linear map with an input of ones for the bias
+        x = np.column_stack([np.asarray(x, float), np.ones(len(y))])
+        return x, x @ theta - np.asarray(y, float)
+
+    for _ in range(args.max_iters + 1):
+        loss = (errors(x, y)[1] ** 2).mean()
+        records.append({"train_loss": loss, "param_error": abs(theta - truth).max()})
+        inputs, error = errors(*next(batches))
+        theta = theta - args.learning_rate * 2 * inputs.T @ error / len(error)
+    return records
+
+
+@pytest.mark.parametrize("step", REGRESSION, ids=name)
+def test_every_update_goes_against_the_gradient_of_a_new_minibatch(step, tmp_path):
+    args, records = run(step, tmp_path, "--batch_size", "64")
+    expected = descend_regression(step, args)
+    assert_falls(curve(records))
+    assert set(records[0]) == {"iter", "seconds", "train_loss", "noise_variance", "param_error"}
+    for key in ("train_loss", "param_error"):
+        assert curve(records, key) == pytest.approx(curve(expected, key), rel=1e-4)
+
+
+def test_04_every_update_uses_the_gradient_p_minus_onehot(tmp_path):
+    args, records = run(step_04, tmp_path, "--batch_size", "64", "--learning_rate", "0.5")
+    rng = np.random.default_rng(args.seed)
+    x_train, y_train, entropy = step_04.load_data(args, rng)
+    batches = step_04.minibatches(x_train, y_train, args.batch_size, rng)
+    w, b, expected = torch.zeros(args.n_inputs, args.n_classes), torch.zeros(args.n_classes), []
+    for _ in range(args.max_iters + 1):
+        expected.append(F.cross_entropy(x_train @ w + b, y_train).item())
+        x, y = next(batches)
+        d_logits = ((x @ w + b).softmax(1) - F.one_hot(y, args.n_classes)) / len(y)
+        w = w - args.learning_rate * x.T @ d_logits
+        b = b - args.learning_rate * d_logits.sum(0)
+    assert_falls(curve(records))
+    assert set(records[0]) == {"iter", "seconds", "train_loss", "entropy"}
+    assert curve(records) == pytest.approx(expected, rel=1e-4)
+    assert curve(records, "entropy") == [entropy] * len(records)
+
+
+def train_mlps(models, batches, x_train, y_train, args):
+    """Return the loss curves of models that plain gradient descent trains on the same batches."""
+    curves = [[] for _ in models]
+    for _ in range(args.max_iters + 1):
+        x, y = next(batches)
+        for model, losses in zip(models, curves):
+            losses.append(F.cross_entropy(model(x_train), y_train).item())
+            grads = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
+            with torch.no_grad():
+                for param, grad in zip(model.parameters(), grads):
+                    param -= args.learning_rate * grad
+    return curves
+
+
+def as_modules(params):
+    """Return step 05's parameters as a network of PyTorch's own layers."""
+    layers = []
+    for suffix in [key[1:] for key in params if key.startswith("w")]:
+        w, b = params[f"w{suffix}"].detach(), params[f"b{suffix}"].detach()
+        layers += [nn.Linear(*w.shape), nn.ReLU()]
+        layers[-2].weight.data, layers[-2].bias.data = w.T.clone(), b.clone()
+    return nn.Sequential(*layers[:-1])
+
+
+MLP_FLAGS = "--batch_size 64 --n_hidden 32 --learning_rate 0.5".split()
+
+
+def test_05_trains_the_mlp_and_the_linear_model_alongside(tmp_path):
+    args, records = run(step_05, tmp_path, *MLP_FLAGS)
+    rng = np.random.default_rng(args.seed)
+    x_train, y_train, entropy = step_05.load_data(args, rng)
+    batches = step_05.minibatches(x_train, y_train, args.batch_size, rng)
+    models = [as_modules(step_05.init_params(args, n_layer, rng)) for n_layer in (2, 0)]
+    assert [len(list(model.parameters())) for model in models] == [6, 2]
+    mlp, linear = train_mlps(models, batches, x_train, y_train, args)
+    check_mlp_records(records, mlp, linear, entropy)
+
+
+def test_06_trains_the_mlp_and_the_linear_model_alongside(tmp_path):
+    args, records = run(step_06, tmp_path, *MLP_FLAGS)
+    torch.manual_seed(args.seed)
+    x_train, y_train, entropy = step_06.load_data(args, np.random.default_rng(args.seed))
+    batches = step_06.minibatches(TensorDataset(x_train, y_train), args.batch_size)
+    sizes = args.n_inputs, args.n_hidden
+    models = [step_06.MLP(*sizes, n_layer, args.n_classes) for n_layer in (2, 0)]
+    mlp, linear = train_mlps(models, batches, x_train, y_train, args)
+    check_mlp_records(records, mlp, linear, entropy)
+
+
+def check_mlp_records(records, mlp, linear, entropy):
+    assert set(records[0]) == {"iter", "seconds", "train_loss", "linear_loss", "entropy"}
+    assert_falls(mlp)
+    assert_falls(linear)
+    assert curve(records) == pytest.approx(mlp, rel=1e-4)
+    assert curve(records, "linear_loss") == pytest.approx(linear, rel=1e-4)
+    assert curve(records, "entropy") == [entropy] * len(records)
+
+
+@pytest.mark.parametrize("step", [step_02, step_03, step_04, step_05, step_06], ids=name)
+def test_an_evaluation_builds_no_computation_graph(step, tmp_path, monkeypatch):
+    owner = step.MLP if step is step_06 else step
+    real, calls = owner.forward, []
+
+    def forward(model, x):
+        if torch.is_tensor(x):  # the teacher of step 03 gets arrays
+            calls.append((len(x) == 500, torch.is_grad_enabled()))
+        return real(model, x)
+
+    monkeypatch.setattr(owner, "forward", forward)
+    run(step, tmp_path, "--n_examples", "500", "--max_iters", "3")
+    assert set(calls) == {(True, False), (False, True)}
+
+
+# ---------- minibatches ----------
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "sizes"), [(5, [5, 5]), (4, [4, 4, 2]), (10, [10]), (25, [10])]
+)
+@pytest.mark.parametrize("step", [step_01, step_02, step_06], ids=name)
+def test_every_epoch_shows_each_example_once_with_its_own_label(step, batch_size, sizes):
+    if step is step_06:
+        x = torch.arange(10)
+        batches = step.minibatches(TensorDataset(x, -x), batch_size)
+    else:
+        x = np.arange(10) if step is step_01 else torch.arange(10)
+        batches = step.minibatches(x, -x, batch_size, np.random.default_rng(0))
+    epochs = []
+    for _ in range(3):
+        epoch = [next(batches) for _ in sizes]
+        assert [len(x) for x, y in epoch] == [len(y) for x, y in epoch] == sizes
+        assert all((x == -y).all() for x, y in epoch)
+        epochs.append([i for x, _ in epoch for i in x.tolist()])
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert list(range(10)) != epochs[0] != epochs[1] != epochs[2]
+
+
+# ---------- 01 to 03: linear regression ----------
+
+
+@pytest.mark.parametrize("step", REGRESSION, ids=name)
 def test_regression_reaches_the_noise_variance_and_the_teacher(step, tmp_path):
     final = step.train(step.parse_args(["--out_dir", str(tmp_path)]))
-    assert abs(final["train_loss"] / final["best_loss"] - 1) < 0.02
-    assert final["best_loss"] == 0.25
+    assert abs(final["train_loss"] / final["noise_variance"] - 1) < 0.02
+    assert final["noise_variance"] == 0.25
     assert final["param_error"] < 0.02
+
+
+@pytest.mark.parametrize("step", REGRESSION, ids=name)
+def test_the_examples_are_the_teachers_line_plus_noise(step):
+    args = step.parse_args(["--noise", "0.3"])
+    x, y, teacher = step.load_data(args, np.random.default_rng(0))
+    teacher = {key: torch.as_tensor(value).float() for key, value in teacher.items()}
+    noise = torch.as_tensor(y).float() - step.forward(teacher, torch.as_tensor(x).float())
+    limit = 5 * 0.3 / math.sqrt(args.n_examples)  # five standard deviations of a mean
+    assert abs(noise.mean()) < limit
+    assert abs(noise.std() - 0.3) < limit
+    inputs = torch.as_tensor(x).float().view(len(x), -1)
+    assert (inputs.mean(0).abs() < 0.02).all() and (abs(inputs.std(0) - 1) < 0.02).all()
+    assert ((noise[:, None] * inputs).mean(0).abs() < limit).all()  # chance, not a part of the line
 
 
 def test_01_hand_gradient_equals_central_differences():
@@ -34,80 +223,88 @@ def test_01_hand_gradient_equals_central_differences():
     x, y = rng.normal(size=7), rng.normal(size=7)
     params, h = {"w": 0.7, "b": -0.3}, 1e-6
     grads = step_01.backward(x, y, step_01.forward(params, x))
-    for name in params:
-        up = step_01.loss_fn(step_01.forward(params | {name: params[name] + h}, x), y)
-        down = step_01.loss_fn(step_01.forward(params | {name: params[name] - h}, x), y)
-        assert grads[name] == pytest.approx((up - down) / (2 * h), rel=1e-6)
-
-
-def test_01_every_epoch_shows_each_example_once_with_its_own_label():
-    x = np.arange(10)
-    batches = step_01.minibatches(x, -x, 5, np.random.default_rng(0))
-    epochs = []
-    for _ in range(3):
-        (x0, y0), (x1, y1) = next(batches), next(batches)
-        assert (x0 == -y0).all() and (x1 == -y1).all()
-        epochs.append([*x0, *x1])
-    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2]
+    for key in params:
+        up = step_01.loss_fn(step_01.forward(params | {key: params[key] + h}, x), y)
+        down = step_01.loss_fn(step_01.forward(params | {key: params[key] - h}, x), y)
+        assert grads[key] == pytest.approx((up - down) / (2 * h), rel=1e-6)
 
 
 def test_02_autograd_gives_the_curve_of_the_hand_gradient(tmp_path):
-    by_hand = curve(step_01, tmp_path / "01")
-    assert by_hand[0] > 2 * by_hand[-1]
-    assert curve(step_02, tmp_path / "02") == pytest.approx(by_hand, abs=1e-5)
+    by_hand = curve(run(step_01, tmp_path / "01")[1])
+    assert_falls(by_hand)
+    assert curve(run(step_02, tmp_path / "02")[1]) == pytest.approx(by_hand, abs=1e-5)
 
 
 def test_03_with_one_input_is_02(tmp_path):
-    vector = curve(step_03, tmp_path / "03", "--n_inputs", "1")
-    assert vector == pytest.approx(curve(step_02, tmp_path / "02"), abs=1e-5)
+    vector = curve(run(step_03, tmp_path / "03", "--n_inputs", "1")[1])
+    assert vector == pytest.approx(curve(run(step_02, tmp_path / "02")[1]), abs=1e-5)
 
 
 def test_03_gradient_at_the_teacher_is_about_zero():
     args = step_03.parse_args([])
     x, y, teacher = step_03.load_data(args, np.random.default_rng(0))
-    params = {name: value.float().requires_grad_() for name, value in teacher.items()}
+    params = {key: value.float().requires_grad_() for key, value in teacher.items()}
     step_03.loss_fn(step_03.forward(params, x), y).backward()
     # The gradient of the noise alone has standard deviation 2 * noise / sqrt(N).
     limit = 5 * 2 * args.noise / math.sqrt(args.n_examples)
     assert all(param.grad.abs().max() < limit for param in params.values())
 
 
+# ---------- 04 to 06: classification ----------
+
+
+@pytest.mark.parametrize("step", [step_04, step_05], ids=name)
 @pytest.mark.parametrize("scale", [1, 1e4])
-def test_04_loss_is_cross_entropy_also_at_huge_logits(scale):
+def test_loss_is_cross_entropy_also_at_huge_logits(step, scale):
     generator = torch.Generator().manual_seed(0)
     logits = scale * (2 * torch.rand(50, 7, generator=generator) - 1)
     y = torch.randint(7, (50,), generator=generator)
-    torch.testing.assert_close(step_04.loss_fn(logits, y), F.cross_entropy(logits, y))
-    assert step_04.loss_fn(torch.tensor([[1e4, -1e4]]), torch.tensor([1])) == 2e4
+    torch.testing.assert_close(step.loss_fn(logits, y), F.cross_entropy(logits, y))
+    assert step.loss_fn(torch.tensor([[1e4, -1e4]]), torch.tensor([1])) == 2e4
 
 
-def test_04_first_loss_is_log_of_the_classes(tmp_path):
-    first = curve(step_04, tmp_path, "--n_classes", "7")[0]
-    assert first == pytest.approx(math.log(7), rel=1e-5)
+@pytest.mark.parametrize("step", [step_04, step_05, step_06], ids=name)
+def test_first_loss_is_log_of_the_classes(step, tmp_path):
+    first = run(step, tmp_path, "--n_classes", "7", "--max_iters", "1")[1][0]
+    assert first["train_loss"] == pytest.approx(math.log(7), rel=1e-5)
+    assert first.get("linear_loss", math.log(7)) == pytest.approx(math.log(7), rel=1e-5)
+
+
+@pytest.mark.parametrize("step", [step_04, step_05, step_06], ids=name)
+def test_labels_are_samples_of_the_teachers_distribution(step):
+    """With one input there are few enough places to count: the labels' entropy is the teacher's."""
+    args = step.parse_args(["--n_inputs", "1", "--n_classes", "3"])
+    x, y, entropy = step.load_data(args, np.random.default_rng(3))
+    order = x[:, 0].argsort()
+    p = F.one_hot(y[order], 3).float().view(200, -1, 3).mean(1)  # in 200 bins of 500 neighbors
+    counted = -(p * p.clamp(min=1e-9).log()).sum(1).mean()
+    assert counted == pytest.approx(entropy, rel=0.02)
+    assert 0.2 * math.log(3) < entropy < 0.95 * math.log(3)  # neither certain nor pure chance
 
 
 def test_04_reaches_the_teachers_entropy(tmp_path):
     final = step_04.train(step_04.parse_args(["--out_dir", str(tmp_path)]))
-    assert abs(final["train_loss"] / final["best_loss"] - 1) < 0.02
-    assert 0 < final["best_loss"] < 0.9 * math.log(10)
+    assert abs(final["train_loss"] / final["entropy"] - 1) < 0.02
+    assert 0 < final["entropy"] < 0.9 * math.log(10)
 
 
 def test_05_without_hidden_layers_is_04():
-    args = step_05.parse_args(["--n_layer", "0"])
-    params = step_05.init_params(args, np.random.default_rng(0))
+    args = step_05.parse_args([])
+    params = step_05.init_params(args, 0, np.random.default_rng(0))
     linear = step_04.init_params(step_04.parse_args([]))
     x = torch.randn(20, args.n_inputs)
     with torch.no_grad():
         params["w_out"] += torch.randn(args.n_inputs, args.n_classes)
+        params["b_out"] += torch.randn(args.n_classes)
         linear["w"] += params["w_out"]
+        linear["b"] += params["b_out"]
     assert len(params) == len(linear) == 2
     assert torch.equal(step_05.forward(params, x), step_04.forward(linear, x))
 
 
 def test_05_activations_keep_their_scale_through_ten_layers():
-    args = step_05.parse_args(["--n_layer", "10", "--n_hidden", "512", "--n_inputs", "512"])
-    params = step_05.init_params(args, np.random.default_rng(0))
+    args = step_05.parse_args(["--n_hidden", "512", "--n_inputs", "512"])
+    params = step_05.init_params(args, 10, np.random.default_rng(0))
     x = torch.randn(200, 512)
     for i in range(10):
         x = step_05.relu(x @ params[f"w{i}"] + params[f"b{i}"])
@@ -121,55 +318,57 @@ def test_05_relu_is_relu():
     assert torch.equal(x.grad, (x > 0).float())
 
 
-@pytest.mark.parametrize("step", [step_05, step_06], ids=lambda step: step.__name__)
-def test_hidden_layers_come_three_times_closer_than_the_linear_model(step, tmp_path):
-    final = step.train(step.parse_args(["--out_dir", str(tmp_path)]))
-    linear, mlp = (final[key] - final["best_loss"] for key in ("linear_loss", "train_loss"))
+@pytest.mark.parametrize("step", MLPS, ids=name)
+def test_hidden_weights_have_variance_2_over_n_and_all_else_is_zero(step):
+    torch.manual_seed(0)
+    args = step.parse_args(["--n_inputs", "300", "--n_hidden", "200"])
+    if step is step_05:
+        model = as_modules(step.init_params(args, 3, np.random.default_rng(0)))
+    else:
+        model = step.MLP(args.n_inputs, args.n_hidden, 3, args.n_classes)
+    *hidden, out = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    assert [layer.in_features for layer in hidden] == [300, 200, 200]
+    model.requires_grad_(False)
+    for layer in hidden:
+        assert layer.weight.var() * layer.in_features == pytest.approx(2, rel=0.05)
+        assert abs(layer.weight.mean()) < 0.002
+        assert layer.weight.abs().max() > 3 * layer.weight.std()  # normal, not uniform
+    assert not out.weight.any()
+    assert not any(layer.bias.any() for layer in (*hidden, out))
+
+
+@pytest.mark.parametrize("step", MLPS, ids=name)
+def test_hidden_layers_come_three_times_closer_than_the_linear_model(step, tmp_path, capsys):
+    final = step.train(step.parse_args(["--out_dir", str(tmp_path), "--eval_interval", "1000"]))
+    linear, mlp = (final[key] - final["entropy"] for key in ("linear_loss", "train_loss"))
     assert 0 < 3 * mlp < linear
+    assert f" {linear / mlp:.1f} times as far" in capsys.readouterr().out
+
+
+def test_06_has_05s_data():
+    args = step_05.parse_args(["--n_examples", "1000"])
+    x, y, entropy = step_05.load_data(args, np.random.default_rng(0))
+    same = step_06.load_data(args, np.random.default_rng(0))
+    assert torch.equal(same[0], x) and torch.equal(same[1], y)
+    assert same[2] == pytest.approx(entropy)
 
 
 def test_06_with_05s_weights_has_05s_logits_and_gradients():
-    args = step_05.parse_args(["--n_layer", "3", "--n_hidden", "16"])
-    params = step_05.init_params(args, np.random.default_rng(0))
+    args = step_05.parse_args(["--n_hidden", "16"])
+    params = step_05.init_params(args, 3, np.random.default_rng(0))
     with torch.no_grad():
-        params["w_out"] += torch.randn(16, args.n_classes)
-    model = step_06.MLP(args.n_inputs, args.n_hidden, args.n_layer, args.n_classes)
+        for param in params.values():
+            param += 0.3 * torch.randn(param.shape)
+    model = step_06.MLP(args.n_inputs, args.n_hidden, 3, args.n_classes)
     pairs = [(layer, str(i)) for i, layer in enumerate(model.hidden)] + [(model.out, "_out")]
-    for layer, name in pairs:
-        layer.weight.data = params[f"w{name}"].detach().T.clone()
-        layer.bias.data = params[f"b{name}"].detach().clone()
+    for layer, key in pairs:
+        layer.weight.data = params[f"w{key}"].detach().T.clone()
+        layer.bias.data = params[f"b{key}"].detach().clone()
     x, y = torch.randn(30, args.n_inputs), torch.randint(args.n_classes, (30,))
     by_hand, by_torch = step_05.forward(params, x), model(x)
     torch.testing.assert_close(by_torch, by_hand)
     step_05.loss_fn(by_hand, y).backward()
     F.cross_entropy(by_torch, y).backward()
-    for layer, name in pairs:
-        torch.testing.assert_close(layer.weight.grad, params[f"w{name}"].grad.T)
-        torch.testing.assert_close(layer.bias.grad, params[f"b{name}"].grad)
-
-
-def test_06_every_epoch_shows_each_example_once_with_its_own_label():
-    x = torch.arange(10)
-    batches = step_06.minibatches(torch.utils.data.TensorDataset(x, -x), 5)
-    epochs = []
-    for _ in range(3):
-        (x0, y0), (x1, y1) = next(batches), next(batches)
-        assert torch.equal(x0, -y0) and torch.equal(x1, -y1)
-        epochs.append([*x0.tolist(), *x1.tolist()])
-    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2]
-
-
-def test_06_gradients_do_not_add_up_over_iterations(tmp_path, monkeypatch):
-    norms = []
-    real = torch.optim.SGD.step
-
-    def step(self):
-        norms.append(self.param_groups[0]["params"][-1].grad.norm().item())
-        return real(self)
-
-    monkeypatch.setattr(torch.optim.SGD, "step", step)
-    flags = ["--n_examples", "500", "--n_layer", "0", "--learning_rate", "1e-9"]
-    args = step_06.parse_args([*flags, "--max_iters", "50", "--out_dir", str(tmp_path)])
-    step_06.train(args)
-    assert np.mean(norms[-10:]) < 3 * np.mean(norms[:10])
+    for layer, key in pairs:
+        torch.testing.assert_close(layer.weight.grad, params[f"w{key}"].grad.T)
+        torch.testing.assert_close(layer.bias.grad, params[f"b{key}"].grad)

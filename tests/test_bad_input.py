@@ -1,12 +1,20 @@
 """A mistake by the user gives one clear line and exit code 2, and nothing is written or lost."""
 
+import json
 import math
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from steps import STEPS, load_step, run_main, source, tiny_flags
+from steps import ROOT, STEPS, load_step, run_main, source, tiny_flags
+from tqdm import tqdm
 
 NUMBER = re.compile(
     r'flag\(\s*"--(\w+)",\s*type=number\((int|float), ([-+.\de]+)(?:, ([-+.\d_e]+))?\)'
@@ -24,10 +32,15 @@ BAD_NUMBERS = [
         *(["0"] * (float(low) > 0)),
     )
 ]
-MNIST_STEPS = [s for s in STEPS if "MNIST_SHA256" in source(s)]
+MNIST_STEPS = [step for step in STEPS if re.search(r"\bMNIST\(|MNIST_SHA256", source(step))]
 MNIST_FILES = [
     f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
 ]
+BREAKS = {
+    "truncated": lambda content: content[:-100],
+    "empty": lambda content: b"",
+    "another format": lambda content: b"<html><body>not found</body></html>",
+}
 
 
 def assert_one_line(errors, *words):
@@ -59,14 +72,37 @@ def test_unknown_flag(step, capsys):
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_unwritable_out_dir(step, standins, tmp_path):
+def test_unwritable_out_dir_is_named(step, standins, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     code, errors = run_main(step, *tiny_flags(step, standins, tmp_path / "file" / "out"))
     assert code == 2
-    assert_one_line(errors, "--out_dir", tmp_path / "file")
+    assert_one_line(errors, "train.py: error: ", tmp_path / "file")
 
 
-@pytest.mark.parametrize("step", [step for step in STEPS if "--device" in source(step)])
+def raise_in_the_loop(monkeypatch, error):
+    def iterate(bar):
+        raise error
+
+    monkeypatch.setattr("tqdm.tqdm.__iter__", iterate)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_too_little_memory_is_one_line(step, standins, tmp_path, monkeypatch):
+    raise_in_the_loop(monkeypatch, MemoryError("Unable to allocate 8 TiB"))
+    code, errors = run_main(step, *tiny_flags(step, standins, tmp_path))
+    assert code == 2
+    assert_one_line(errors, "train.py: error: ", "8 TiB")
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, TypeError])
+def test_a_bug_of_the_learner_keeps_its_traceback(step, error, standins, tmp_path, monkeypatch):
+    raise_in_the_loop(monkeypatch, error("a bug"))
+    with pytest.raises(error, match="a bug"):
+        run_main(step, *tiny_flags(step, standins, tmp_path))
+
+
+@pytest.mark.parametrize("step", [step for step in STEPS if '"--device"' in source(step)])
 def test_a_batch_over_the_gpus_memory(step, standins, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -77,7 +113,17 @@ def test_a_batch_over_the_gpus_memory(step, standins, tmp_path, monkeypatch):
     assert_one_line(errors, "--batch_size", "memory")
 
 
-# Softmax regression and Adam move by bounded steps: their losses grow huge, but stay finite.
+def finite_records(out_dir):
+    """Return the records of metrics.jsonl; a value that is inf or nan fails the test."""
+
+    def refuse(name):
+        raise AssertionError(f"{name} was recorded")
+
+    lines = (out_dir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+# Softmax regression and Adam move by bounded updates: their losses grow huge, but stay finite.
 @pytest.mark.parametrize(
     "step", [step for step in STEPS if step[:2] in ("01", "02", "03", "05", "06", "07")]
 )
@@ -85,92 +131,118 @@ def test_diverging_run_stops_and_keeps_what_it_wrote(step, standins, tmp_path):
     flags = [*tiny_flags(step, standins, tmp_path), "--learning_rate", "1e9", "--max_iters", "200"]
     code, errors = run_main(step, *flags)
     assert code == 2
-    assert_one_line(errors, "iteration", "learning_rate")
-    assert (tmp_path / "metrics.jsonl").read_text()
-
-
-@pytest.mark.parametrize("step", STEPS[:3])
-def test_a_loss_that_overflows_unseen_is_not_recorded(step, tmp_path):
-    flags = ["--learning_rate", "1e9", "--max_iters", "2", "--eval_interval", "2"]
-    code, errors = run_main(step, *flags, "--n_examples", "500", "--out_dir", tmp_path)
-    assert code == 2
-    assert_one_line(errors, "'iter': 2", "--learning_rate")
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+    assert_one_line(errors, "train.py: error: ", "--learning_rate 1000000000.0")
+    stopped = int(re.search(r"at iteration (\d+)", errors)[1])
+    records = finite_records(tmp_path)
+    assert records[0]["iter"] == 0
+    assert records[-1]["iter"] < stopped <= 200
 
 
 @pytest.mark.parametrize("step", [step for step in STEPS if "08" <= step[:2] <= "13"])
 def test_loss_that_is_not_a_number_stops_the_run(step, standins, tmp_path, monkeypatch):
     real = torch.nn.functional.cross_entropy
-    calls = []
 
-    def cross_entropy(logits, y, **options):
-        calls.append(logits.requires_grad)
-        return real(logits, y, **options) * (math.nan if sum(calls) > 2 else 1)
+    def cross_entropy(logits, y, **options):  # in training, the gradient makes the parameters nan
+        return real(logits, y, **options) * (math.nan if logits.requires_grad else 1)
 
     monkeypatch.setattr("torch.nn.functional.cross_entropy", cross_entropy)
-    code, errors = run_main(step, *tiny_flags(step, standins, tmp_path))
-    assert code == 2
-    assert_one_line(errors, "nan", "iteration 2", "learning_rate")
-
-
-@pytest.mark.parametrize("step", STEPS[:6])
-def test_batch_larger_than_the_data(step, tmp_path):
-    flags = ["--n_examples", "10", "--batch_size", "11", "--out_dir", tmp_path / "out"]
+    flags = tiny_flags(step, standins, tmp_path)
     code, errors = run_main(step, *flags)
     assert code == 2
-    assert_one_line(errors, "--batch_size 11", "--n_examples 10")
-    assert not (tmp_path / "out").exists()
+    second = flags[flags.index("--eval_interval") + 1]
+    assert_one_line(errors, f"at iteration {second}", "--learning_rate")
+    assert [record["iter"] for record in finite_records(tmp_path)] == [0]
 
 
 @pytest.mark.parametrize("step", MNIST_STEPS)
 def test_missing_mnist_says_what_to_do(step, tmp_path, no_network):
     code, errors = run_main(step, "--data_dir", tmp_path / "data", "--out_dir", tmp_path / "out")
     assert code == 2
-    assert_one_line(errors, "train-images-idx3-ubyte", "tests/standins.py", tmp_path / "data")
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    assert_one_line(errors, raw, "downloading", f"tests/standins.py {tmp_path / 'data'}")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("step", MNIST_STEPS)
 @pytest.mark.parametrize("name", MNIST_FILES)
-def test_truncated_mnist_file_is_named(step, name, standins, tmp_path):
+@pytest.mark.parametrize("how", BREAKS)
+def test_broken_mnist_file_is_named(step, name, how, standins, tmp_path, no_network):
     shutil.copytree(standins / "MNIST", tmp_path / "MNIST")
     broken = tmp_path / "MNIST" / "raw" / name
-    broken.write_bytes(broken.read_bytes()[:-100])
+    broken.write_bytes(BREAKS[how](broken.read_bytes()))
     code, errors = run_main(step, "--data_dir", tmp_path, "--out_dir", tmp_path / "out")
     assert code == 2
-    assert_one_line(errors, tmp_path / "MNIST" / "raw", name.split("-")[0])
+    assert_one_line(errors, broken.parent / name.split("-")[0], "tests/standins.py")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("step", MNIST_STEPS)
-def test_labels_of_other_images_are_noticed(step, standins, tmp_path):
+def test_labels_of_other_images_are_noticed(step, standins, tmp_path, no_network):
     shutil.copytree(standins / "MNIST", tmp_path / "MNIST")
     raw = tmp_path / "MNIST" / "raw"
     shutil.copy(raw / "t10k-labels-idx1-ubyte", raw / "train-labels-idx1-ubyte")
     code, errors = run_main(step, "--data_dir", tmp_path, "--out_dir", tmp_path / "out")
     assert code == 2
-    assert_one_line(errors, raw / "train", "not as many labels as images")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("step", MNIST_STEPS)
-def test_batch_larger_than_mnist(step, standins, tmp_path):
-    flags = ["--data_dir", standins, "--batch_size", "5000", "--out_dir", tmp_path / "out"]
-    code, errors = run_main(step, *flags)
-    assert code == 2
-    assert_one_line(errors, "--batch_size 5000", "2000")
+    assert_one_line(errors, raw / "train", "images", "labels", "tests/standins.py")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("step", STEPS)
 def test_interrupt_leaves_with_130(step, standins, tmp_path, monkeypatch):
+    real = tqdm.__iter__
+
     def interrupt(bar):
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
+        yield from real(bar)  # for a step that first saves a checkpoint
 
     monkeypatch.setattr("tqdm.tqdm.__iter__", interrupt)
-    code, errors = run_main(step, *tiny_flags(step, standins, tmp_path))
+    code, _ = run_main(step, *tiny_flags(step, standins, tmp_path))
     assert code == 130
-    assert_one_line(errors, "interrupted")
+
+
+INTERRUPTED = [
+    *((step, "imports") for step in STEPS if step[:2] in ("01", "08")),
+    *((step, "training") for step in STEPS if step[:2] in ("01", "06", "10", "13")),
+]
+
+
+@pytest.fixture(scope="module")
+def interrupted(standins, tmp_path_factory):
+    """Interrupt processes of their own, two at a time: {(step, when): future of the result}."""
+
+    def run(step, when):
+        folder = tmp_path_factory.mktemp(f"{step}_{when}")
+        flags = [*tiny_flags(step, standins, folder / "out"), "--max_iters", "1000000"]
+        command = [sys.executable, str(ROOT / step / "train.py"), *flags]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        if when == "imports":  # Python finds this module before the real tqdm, and waits in it
+            waiting = "import time\nprint('importing', flush=True)\ntime.sleep(60)\n"
+            (folder / "tqdm.py").write_text(waiting)
+            env["PYTHONPATH"] = str(folder)
+        process = subprocess.Popen(
+            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        if when == "imports":
+            assert process.stdout.readline() == "importing\n"
+        while when == "training" and not (folder / "out" / "metrics.jsonl").exists():
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        errors = process.communicate(timeout=60)[1]
+        return process.returncode, errors, folder / "out"
+
+    with ThreadPoolExecutor(2) as pool:
+        yield {case: pool.submit(run, *case) for case in INTERRUPTED}
+
+
+@pytest.mark.parametrize(("step", "when"), INTERRUPTED)
+def test_interrupted_process_leaves_with_130_and_no_traceback(step, when, interrupted):
+    code, errors, out_dir = interrupted[step, when].result()
+    assert code == 130
+    assert "Traceback" not in errors
+    assert out_dir.exists() == (when == "training")
+    if when == "training":
+        assert finite_records(out_dir)
 
 
 @pytest.mark.parametrize("step", STEPS)
