@@ -3,7 +3,7 @@
     python tests/benchmarks/kneser_ney.py [--input FILE] [--max_order 5]
 
 Source: Chen and Goodman 1999, "An empirical study of smoothing techniques for language modeling"
-(interpolated, three discounts an order, estimated from the counts of counts).
+(interpolated, three discounts per order, estimated from the counts of counts).
 """
 
 import argparse
@@ -22,12 +22,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def load_words(path):
-    """Return (train ids, test ids, vocab_size), made as in steps 11 to 13."""
+    """Return (train ids, test ids, vocab_size), split and encoded as in steps 11 to 13."""
     text = Path(path).read_text(encoding="utf-8")
-    cut = int(0.9 * len(text))
-    words = [
-        re.findall(r"\w+(?:['\u2019]\w+)*|[^\w\s]|\n", part) for part in (text[:cut], text[cut:])
-    ]
+    split = int(0.9 * len(text))
+    pattern = r"\w+(?:['\u2019]\w+)*|[^\w\s]|\n"
+    words = [re.findall(pattern, part) for part in (text[:split], text[split:])]
     counts = Counter(words[0])
     vocab = ["<unk>", *sorted(word for word, count in counts.items() if count >= 2)]
     index = {word: i for i, word in enumerate(vocab)}
@@ -67,15 +66,15 @@ def perplexity(train, test, vocab_size, order):
         y = n1 / (n1 + 2 * n2)
         discounts = np.array([0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3])
         discounts = discounts.clip(0, [0, 1, 2, 3])
-        discount = discounts[np.minimum(count, 3)]  # one for every n-gram
+        discount = discounts[np.minimum(count, 3)]  # of each n-gram
         size = context.max() + 1
         total = np.bincount(context[first], weights=count[types], minlength=size)
         taken = np.bincount(context[first], weights=discount[types], minlength=size)
         c, h = gram[n:], context[n:]
         seen = total[h] > 0
-        share = (count[c] - discount[c]) / np.maximum(total[h], 1)
+        probability = (count[c] - discount[c]) / np.maximum(total[h], 1)
         backoff = taken[h] / np.maximum(total[h], 1)
-        prob = np.where(seen, share + backoff * prob, prob)
+        prob = np.where(seen, probability + backoff * prob, prob)
     return np.exp(-np.log(prob).mean())
 
 
