@@ -1,10 +1,12 @@
 """Step 15: torchvision's network, a pack that loses only what is broken, an exact resume."""
 
+import argparse
 import io
 import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,7 +45,7 @@ def small_net(step, monkeypatch=None):
     """Put a net with the same layers, but few weights, in the place of ResNet."""
 
     def make(depth, n_classes, small_stem):
-        blocks = [step.conv(3, 8, 3, 2), nn.BatchNorm2d(8), step.Basic(8, 8, 1)]
+        blocks = [step.conv(3, 8, 3, 2), nn.BatchNorm2d(8), step.BasicBlock(8, 8, 1)]
         return nn.Sequential(
             *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, n_classes)
         )
@@ -78,10 +80,10 @@ def test_resnet50_has_25557032_parameters(step):
     assert sum(p.numel() for p in model.parameters()) == 25_557_032
 
 
-@pytest.mark.parametrize("block", ["Basic", "Bottleneck"])
+@pytest.mark.parametrize("block", ["BasicBlock", "Bottleneck"])
 def test_a_new_block_is_its_shortcut(step, block):
     x = torch.randn(2, 32, 8, 8).relu()
-    n = 32 if block == "Basic" else 8
+    n = 32 if block == "BasicBlock" else 8
     torch.testing.assert_close(getattr(step, block)(32, n, 1)(x), x)
 
 
@@ -129,24 +131,63 @@ def test_packing_shrinks_the_shorter_side_and_keeps_small_jpegs(step, tree, tmp_
     assert 0 < kept < len(files)
 
 
-def test_packing_goes_on_where_it_was_killed(step, tree, tmp_path):
+def pack(step, args, split="train"):
+    return step.pack_images(args, split, step.list_images(args, split)[1])
+
+
+def test_packing_continues_where_it_was_killed(step, tree, tmp_path):
     args = flags(step, tree, tmp_path)
-    pack, rows, _ = step.pack_images(args, "train")
-    whole = pack.read_bytes()
-    os.truncate(pack, len(whole) // 2)  # the rest never reached the disk
-    os.truncate(pack.with_suffix(".index"), 16 * len(rows) - 7)
-    before = pack.stat().st_ino
-    _, rows_again, _ = step.pack_images(args, "train")
-    assert pack.read_bytes() == whole and pack.stat().st_ino == before
+    file, rows = pack(step, args)
+    complete = file.read_bytes()
+    os.truncate(file, len(complete) // 2)  # the rest never reached the disk
+    os.truncate(file.with_suffix(".index"), 16 * len(rows) - 7)
+    before = file.stat().st_ino
+    _, rows_again = pack(step, args)
+    assert file.read_bytes() == complete and file.stat().st_ino == before
     np.testing.assert_array_equal(rows, rows_again)
 
 
-def test_broken_image_is_named(step, tree, tmp_path, capsys):
+def test_two_runs_that_pack_into_the_same_cache_do_not_mix(step, tree, tmp_path):
+    """The second waits for the first and finds nothing left to do."""
+    args = flags(step, tree, tmp_path)
+    alone, rows = pack(step, args)
+    expected = alone.read_bytes()
+    more = ["--data_dir", str(tree), "--cache_dir", str(tmp_path / "shared")]
+    runs = [subprocess.Popen([sys.executable, "-c", PACK, *TINY, *more], cwd=ROOT / "15_imagenet")]
+    runs += [subprocess.Popen(runs[0].args, cwd=ROOT / "15_imagenet")]
+    assert [run.wait(100) for run in runs] == [0, 0]
+    (shared,) = (tmp_path / "shared").glob("train*.jpegs")
+    assert shared.read_bytes() == expected
+    index = np.fromfile(shared.with_suffix(".index"), np.int64).reshape(-1, 2)
+    np.testing.assert_array_equal(index, rows)
+
+
+PACK = """import sys; sys.path.insert(0, ".")
+import train
+args = train.parse_args(sys.argv[1:])
+train.pack_images(args, "train", train.list_images(args, "train")[1])
+"""
+
+
+def test_another_folder_with_the_same_names_has_its_own_pack(step, tree, tmp_path):
+    shared = ["--cache_dir", str(tmp_path / "cache")]
+    other = tmp_path / "elsewhere" / "imagenet"
+    shutil.copytree(tree, other)
+    for path in (other / "train").glob("*/*"):
+        path.write_bytes(next((tree / "val").glob("*/*")).read_bytes())
+    files = [pack(step, flags(step, data_dir, tmp_path, *shared))[0] for data_dir in (tree, other)]
+    assert files[0].read_bytes() != files[1].read_bytes()
+    assert len(list((tmp_path / "cache").glob("train*.jpegs"))) == 2
+
+
+def test_broken_image_is_named_and_packed_anew_when_repaired(step, tree, tmp_path):
     victim = sorted((tree / "train").glob("*/*"))[5]
-    victim.write_bytes(victim.read_bytes()[:300])
-    with pytest.raises(SystemExit) as error:
-        step.load_data(flags(step, tree, tmp_path))
-    assert error.value.code == 2 and str(victim) in capsys.readouterr().err
+    complete = victim.read_bytes()
+    victim.write_bytes(complete[:300])
+    assert str(victim) in error_of("--data_dir", tree, "--out_dir", tmp_path / "out")
+    victim.write_bytes(complete)
+    images, _, _ = step.load_data(flags(step, tree, tmp_path))
+    assert len(images.rows) == 64
 
 
 def test_one_broken_image_in_thousands_is_left_out(step, tmp_path):
@@ -165,17 +206,29 @@ def test_odd_images_are_read(step, tmp_path):
     pixels = np.zeros((40, 60, 3), np.uint8)
     pixels[:, :30] = 255  # white on the left
     image, exif = Image.fromarray(pixels), Image.Exif()
-    exif[0x0112] = 6  # to be turned a quarter to the right: white on top
-    image.save(tmp_path / "turned.jpeg", exif=exif)
-    image.convert("L").save(tmp_path / "grey.jpeg")
+    exif[0x0112] = 6  # to be rotated a quarter to the right: white on top
+    image.save(tmp_path / "rotated.jpeg", exif=exif)
+    image.convert("L").save(tmp_path / "gray.jpeg")
     image.convert("CMYK").save(tmp_path / "cmyk.jpeg")
     image.save(tmp_path / "png.jpeg", format="PNG")
+    deep = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+    deep.save(tmp_path / "deep.jpeg", format="PNG")
     images = {p.stem: step.decode(np.fromfile(p, np.uint8)) for p in tmp_path.glob("*.jpeg")}
-    assert images["turned"].shape == (3, 60, 40)
-    assert images["turned"][:, :25].min() > 200 and images["turned"][:, 35:].max() < 50
-    for name in ("grey", "cmyk", "png"):
+    assert all(image.dtype == torch.uint8 for image in images.values())
+    rotated = images["rotated"]
+    assert rotated.shape == (3, 60, 40)
+    assert rotated[:, :25].min() > 200 and rotated[:, 35:].max() < 50
+    for name in ("gray", "cmyk", "png", "deep"):
         assert images[name].shape == (3, 40, 60)
         assert images[name][:, :, :25].min() > 200 and images[name][:, :, 35:].max() < 50
+
+
+def test_an_animation_is_no_image(step, tmp_path):
+    frames = [Image.new("RGB", (20, 20), color) for color in ("red", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    with pytest.raises(ValueError, match="animation"):
+        step.decode(np.fromfile(tmp_path / "a.gif", np.uint8))
+    assert step.shrink((tmp_path / "a.gif", 0), 256) == b""
 
 
 def test_crops_lie_inside_and_cover_what_they_should(step):
@@ -186,7 +239,7 @@ def test_crops_lie_inside_and_cover_what_they_should(step):
         assert 0 <= top <= 90 - height and 0 <= left <= 160 - width
         areas.append(height * width / (90 * 160))
     assert 0.24 < min(areas) < 0.3 and max(areas) > 0.7
-    assert step.middle_crop(90, 160, 1) == (0, 35, 90, 90)
+    assert step.center_crop(90, 160, 1) == (0, 35, 90, 90)
 
 
 def test_batches_are_a_function_of_seed_and_iteration(step, tree, tmp_path):
@@ -226,7 +279,7 @@ def test_every_validation_image_counts_once(step, tree, tmp_path):
     assert result["val_loss"] == pytest.approx((guess.logsumexp(0) - guess[:4].mean()).item())
 
 
-def test_evaluation_sees_the_middle(step):
+def test_evaluation_sees_the_center(step):
     image = torch.zeros(3, 40, 80, dtype=torch.uint8)
     image[:, 10:30, 30:50] = 255
     args = step.parse_args(["--recipe", "tiny", "--test_size", "16", "--test_crop", "0.5"])
@@ -238,29 +291,58 @@ def test_evaluation_sees_the_middle(step):
     assert torch.equal(wide, step.crop(args, image, 7))
 
 
-def test_mixing_keeps_the_shares(step):
+def test_mixed_labels_sum_to_one(step):
     args = step.parse_args(["--recipe", "tiny", "--mixup", "0.2", "--cutmix", "1"])
     x, y = torch.randint(256, (8, 3, 16, 16), dtype=torch.uint8), torch.arange(8) % 4
     stats = step.image_stats("cpu")
-    mixed, shares = step.augment(args, x, y, stats, 4)
-    assert mixed.shape == x.shape and shares.shape == (8, 4)
-    torch.testing.assert_close(shares.sum(1), torch.ones(8))
+    mixed, labels = step.augment(args, x, y, stats, 4)
+    assert mixed.shape == x.shape and labels.shape == (8, 4)
+    torch.testing.assert_close(labels.sum(1), torch.ones(8))
     plain = step.parse_args(["--recipe", "tiny"])
     torch.manual_seed(0)
     kept, same = step.augment(plain, x, y, stats, 4)
-    both = torch.stack([step.normalise(x / 255, stats), step.normalise(x.flip(3) / 255, stats)])
-    mirrored = (kept == both).flatten(2).all(2)
-    assert mirrored.any(0).all() and mirrored[0].any() and mirrored[1].any() and same is y
+    both = torch.stack([step.normalize(x / 255, stats), step.normalize(x.flip(3) / 255, stats)])
+    same_as = (kept == both).flatten(2).all(2)  # (2, B): as it was, flipped
+    assert same_as.any(0).all() and same_as[0].any() and same_as[1].any() and same is y
 
 
 # ---------- checkpoint ----------
 
 
 def run_and_die(argv, function, count):
-    """Train in this process, which SIGKILLs itself at the count-th call of a function."""
+    """Train in this process, which SIGKILLs itself at the count-th call of a function.
+
+    If the function is SIGTERM or SIGINT, that signal is sent at the third update and, by the time a
+    checkpoint is then being written, until it has been sent count times.
+    """
     torch.set_num_threads(1)
-    step = load_step("15_imagenet")
+    step, signals = load_step("15_imagenet"), []
     small_net(step)
+    if function.startswith("SIG"):
+        number, update_ema, save, updates = (
+            getattr(signal, function),
+            step.update_ema,
+            torch.save,
+            [],
+        )
+
+        def updating(*args):
+            update_ema(*args)
+            updates.append(1)
+            if len(updates) == 3:
+                os.kill(os.getpid(), number)
+
+        def saving(checkpoint, file):
+            if signals:
+                file.write(b"the first half")
+                for _ in range(count - 1):
+                    os.kill(os.getpid(), number)
+                file.seek(0)
+            save(checkpoint, file)
+
+        step.update_ema, torch.save = updating, saving
+        step.train(step.parse_args(argv), signals)
+        sys.exit(128 + signals[0])
     place, name = (torch, "save") if function == "torch.save" else (step, function)
     calls, original = [], getattr(place, name, None)
 
@@ -328,11 +410,11 @@ def test_what_is_evaluated_is_the_average_of_the_weights(step, tree, tmp_path, m
     update_ema, evaluate, weights, evaluated = step.update_ema, step.evaluate, [], []
 
     def snapshot(model):
-        return {k: v.clone().float() for k, v in model.state_dict().items()}
+        return [v.clone() for v in model.state_dict().values() if v.is_floating_point()]
 
-    def spy_update(ema, model, decay):
-        weights.append(snapshot(model))
-        update_ema(ema, model, decay)
+    def spy_update(averages, values, decay):
+        weights.append([value.clone() for value in values])
+        update_ema(averages, values, decay)
 
     def spy_evaluate(args, model, *rest):
         evaluated.append(snapshot(model))
@@ -345,13 +427,14 @@ def test_what_is_evaluated_is_the_average_of_the_weights(step, tree, tmp_path, m
     average = evaluated[0]
     for i, new in enumerate(weights):
         decay = min(0.3, (i + 1) / (i + 10))
-        average = {k: decay * v + (1 - decay) * new[k] for k, v in average.items()}
-    for name in (name for name in average if "num_batches" not in name):
-        torch.testing.assert_close(evaluated[-1][name], average[name])
-        assert not torch.equal(average[name], weights[-1][name])
+        average = [decay * old + (1 - decay) * value for old, value in zip(average, new)]
+    assert len(average) == 17  # 3 convolutions, 4 tensors of 3 batch norms, 2 of the output
+    for ours, expected, value in zip(evaluated[-1], average, weights[-1]):
+        torch.testing.assert_close(ours, expected)
+        assert not torch.equal(expected, value)
 
 
-def test_every_update_has_its_gradient_and_its_rate(step, tree, tmp_path, monkeypatch):
+def test_every_update_has_its_gradient_and_its_learning_rate(step, tree, tmp_path, monkeypatch):
     small_net(step, monkeypatch)
     make_optimizer, cross_entropy, calls = step.make_optimizer, step.F.cross_entropy, []
 
@@ -384,7 +467,7 @@ def metrics(out_dir):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_saves_and_leaves(step, tree, tmp_path, number, monkeypatch):
+def test_signal_saves_and_ends(step, tree, tmp_path, number, monkeypatch):
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     small_net(step, monkeypatch)
     update_ema, updates = step.update_ema, []
@@ -398,11 +481,11 @@ def test_signal_saves_and_leaves(step, tree, tmp_path, number, monkeypatch):
     step.train(flags(step, tree, tmp_path / "whole"))
     monkeypatch.setattr(step, "update_ema", signal_at_the_third)
     try:
-        step.train(flags(step, tree, tmp_path / "stopped"), step.catch_signals())
+        step.train(flags(step, tree, tmp_path / "stopped"), signals := [])
     finally:
         for n, handler in before.items():
             signal.signal(n, handler)
-    assert len(updates) == 3
+    assert len(updates) == 3 and signals == [number]
     step.train(flags(step, tree, tmp_path / "stopped", "--init_from", "resume"))
     whole, stopped = (tmp_path / name / "out" for name in ("whole", "stopped"))
     a, b = (torch.load(out_dir / "last.pt")["model"] for out_dir in (whole, stopped))
@@ -410,13 +493,170 @@ def test_signal_saves_and_leaves(step, tree, tmp_path, number, monkeypatch):
     assert metrics(whole) == metrics(stopped)
 
 
-def test_writing_checkpoints_is_not_counted_as_data(step, tree, tmp_path, monkeypatch, capsys):
+def test_a_second_sigterm_does_not_stop_a_save(tree, tmp_path):
+    """Slurm and torchrun send SIGTERM again; only a second Ctrl-C ends the run at once."""
+    argv = [*TINY, "--data_dir", str(tree), "--out_dir", str(tmp_path / "out")]
+    assert run(argv, "SIGTERM", 2) == 128 + signal.SIGTERM
+    last = torch.load(tmp_path / "out" / "last.pt")
+    assert last["state"]["iter_num"] == 3
+    argv += ["--init_from", "resume"]
+    assert run(argv, "SIGINT", 2) == 128 + signal.SIGINT  # in the middle of the save
+    assert torch.load(tmp_path / "out" / "last.pt")["state"]["iter_num"] == 4  # the one before
+    assert run(argv) == 0
+
+
+def test_iteration_0_survives_a_resume(step, tree, tmp_path, monkeypatch):
     small_net(step, monkeypatch)
-    monkeypatch.setattr(step, "save_checkpoint", lambda *args: time.sleep(0.1))
+    step.train(flags(step, tree, tmp_path / "whole"))
+    update_ema = step.update_ema
+
+    def die(*args):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(step, "update_ema", die)
+    with pytest.raises(ZeroDivisionError):
+        step.train(flags(step, tree, tmp_path / "killed"))
+    monkeypatch.setattr(step, "update_ema", update_ema)
+    with open(tmp_path / "killed" / "out" / "metrics.jsonl", "a") as file:
+        file.write('{"iter": 2, "sec')  # a full disk left half a line
+    step.train(flags(step, tree, tmp_path / "killed", "--init_from", "resume"))
+    whole, killed = (metrics(tmp_path / name / "out") for name in ("whole", "killed"))
+    assert [record["iter"] for record in killed] == [0, 2, 4, 6]
+    assert whole == killed
+
+
+def test_resume_at_and_past_the_end(step, tree, tmp_path, monkeypatch):
+    small_net(step, monkeypatch)
+    final = step.train(flags(step, tree, tmp_path))
+    more = ["--init_from", "resume"]
+    assert step.train(flags(step, tree, tmp_path, *more)) == final
+    before = (tmp_path / "out" / "metrics.jsonl").read_text()
+    with pytest.raises(argparse.ArgumentTypeError, match=r"last.pt is at iteration 6.*--max_iters"):
+        step.train(flags(step, tree, tmp_path, *more, "--max_iters", "4"))
+    assert (tmp_path / "out" / "metrics.jsonl").read_text() == before
+    longer = step.train(flags(step, tree, tmp_path, *more, "--max_iters", "8"))
+    assert longer["iter"] == 8
+
+
+def test_resume_with_other_classes_is_refused(step, tree, tmp_path, monkeypatch):
+    small_net(step, monkeypatch)
     step.train(flags(step, tree, tmp_path))
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    seconds = {row[0]: float(row[1]) for row in rows if row and row[0] in ("data", "checkpoint")}
-    assert seconds["checkpoint"] >= 0.4  # the last one, four times, and the best one
+    for split in ("train", "val"):
+        (tree / split / "n00000003").rename(tree / split / "n00000007")
+    with pytest.raises(OSError, match="other classes"):
+        step.train(flags(step, tree, tmp_path, "--init_from", "resume"))
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(step, tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    step.save_checkpoint(path, {}, {"iter_num": 1})
+
+    def full(checkpoint, file):
+        file.write(b"the first half")
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="--out_dir"):
+        step.save_checkpoint(path, {}, {"iter_num": 2})
+    assert step.load_checkpoint(path, {}) == {"iter_num": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_diverged_run_does_not_replace_its_last_checkpoint(step, tree, tmp_path, monkeypatch):
+    small_net(step, monkeypatch)
+    monkeypatch.setattr(step, "catch_signals", lambda signals: None)
+    update_ema, cross_entropy, signals = step.update_ema, step.F.cross_entropy, []
+
+    def spy_loss(logits, y, **more):
+        return cross_entropy(logits, y, **more) * (torch.nan if logits.requires_grad else 1)
+
+    def stop(*args):
+        update_ema(*args)
+        signals.append(signal.SIGTERM)
+
+    monkeypatch.setattr(step.F, "cross_entropy", spy_loss)
+    with pytest.raises(FloatingPointError, match="learning_rate"):
+        step.train(flags(step, tree, tmp_path))
+    monkeypatch.setattr(step, "update_ema", stop)
+    step.train(flags(step, tree, tmp_path, "--init_from", "resume"), signals)
+    last = torch.load(tmp_path / "out" / "last.pt")
+    assert last["state"]["iter_num"] == 0
+    assert [record["iter"] for record in metrics(tmp_path / "out")] == [0]
+
+
+def test_waiting_for_data_is_measured_and_saving_is_not(step, tree, tmp_path, monkeypatch):
+    small_net(step, monkeypatch)
+    load_batches = step.load_batches
+
+    def slow(args, images, batches):
+        for batch in load_batches(args, images, batches):
+            time.sleep(0.2)
+            yield batch
+
+    monkeypatch.setattr(step, "save_checkpoint", lambda *args: time.sleep(0.3))
+    monkeypatch.setattr(step, "load_batches", slow)
+    final = step.train(flags(step, tree, tmp_path))
+    assert final["data_share"] > 0.8
+    assert 20 < final["images_per_second"] < 40  # 8 images in 0.2 s
+
+
+def test_the_bar_shows_the_loss_without_waiting_in_every_iteration(
+    step, tree, tmp_path, monkeypatch
+):
+    small_net(step, monkeypatch)
+    shown = []
+    monkeypatch.setattr(step.tqdm, "set_postfix", lambda bar, **values: shown.append(values))
+    step.train(flags(step, tree, tmp_path))
+    assert len(shown) == 1 and float(shown[0]["loss"]) > 0
+
+
+def test_training_leaves_cudnn_as_it_was(step, tree, tmp_path, monkeypatch):
+    small_net(step, monkeypatch)
+    evaluate, seen = step.evaluate, []
+
+    def spy(*args):
+        seen.append(torch.backends.cudnn.deterministic)
+        return evaluate(*args)
+
+    monkeypatch.setattr(step, "evaluate", spy)
+    before = torch.backends.cudnn.deterministic, torch.backends.cudnn.enabled
+    step.train(flags(step, tree, tmp_path))
+    assert all(seen) and not before[0]
+    assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.enabled) == before
+
+
+@pytest.mark.parametrize("error", [None, "no C++ compiler"])
+def test_without_a_compiler_it_runs_eagerly_and_says_so(step, monkeypatch, capsys, error):
+    def compile_(function):
+        if error:
+            raise RuntimeError(f"{error}\nand much more")
+        return function if isinstance(function, nn.Module) else lambda x: x
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    model = nn.Linear(2, 2)
+    args = step.parse_args(["--device", "cpu", "--compile"])
+    assert step.compile_model(args, model) is model
+    said = capsys.readouterr().out
+    assert ("falls back to eager mode" in said and error in said) if error else not said
+
+
+def test_training_runs_through_the_compiled_model(step, tree, tmp_path, monkeypatch):
+    small_net(step, monkeypatch)
+    calls = []
+
+    def compile_model(args, model):
+        return lambda x: (calls.append(1), model(x))[1]
+
+    monkeypatch.setattr(step, "compile_model", compile_model)
+    step.train(flags(step, tree, tmp_path))
+    assert len(calls) == 6
+
+
+def test_recipes_change_defaults_that_flags_override(step):
+    assert step.parse_args([]).epochs == 90
+    args = step.parse_args(["--recipe", "600", "--epochs", "3"])
+    assert args.epochs == 3 and args.learning_rate == 0.5 and args.trivial_augment
+    assert step.parse_args([]).num_workers <= 16
 
 
 def test_mixed_images_keep_the_channels_last(step, tree, tmp_path, monkeypatch):
@@ -450,19 +690,49 @@ def test_what_is_loaded_makes_the_same_batches_in_processes(step, tree, tmp_path
     assert torch.equal(x, x_helped) and torch.equal(y, y_helped)
 
 
-# ---------- predictions ----------
+# ---------- predict.py ----------
 
 
-def test_predict_names_five_classes(step, tree, tmp_path, capsys):
-    (tree / "words.txt").write_text("n00000002\ttabby, tabby cat\n")
-    args = flags(step, tree, tmp_path, "--max_iters", "2")
+@pytest.fixture
+def predict():
+    """A function that runs predict.py with these flags in this process: (exit code, stderr)."""
+    before = sys.modules.pop("train", None)
+    yield lambda *argv: run_main("15_imagenet", *argv, script="predict.py")
+    sys.modules.pop("train", None)
+    if before:
+        sys.modules["train"] = before
+
+
+def test_predict_names_the_five_most_likely_classes(step, tree, tmp_path, capsys, predict):
+    (tree / "words.txt").write_bytes(b"\nlone\nn00000002\ttabby, tabby cat\nn1\tcaf\xe9\n")
+    args = flags(step, tree, tmp_path, "--max_iters", "2", "--depth", "34", "--test_size", "24")
     step.train(args)
     capsys.readouterr()
-    file = next((tree / "val" / "n00000002").iterdir())
-    step.predict(flags(step, tree, tmp_path, "--predict", str(file)))
-    line = capsys.readouterr().out
-    assert line.startswith(f"{file}: ") and line.count("%") == 4
-    assert "n00000002 tabby, tabby cat" in line and "n00000003" in line
+    files = [next((tree / "val" / name).iterdir()) for name in ("n00000002", "n00000001")]
+    assert predict("--out_dir", args.out_dir, *files) == (0, "")
+    lines = capsys.readouterr().out.splitlines()
+    for file, line in zip(files, lines, strict=True):
+        assert line.startswith(f"{file}: ") and line.count("%") == 4
+        assert "n00000002 tabby, tabby cat" in line and "n00000003" in line
+    # The first class is the averaged model's, whose flags come from the checkpoint.
+    model = step.ResNet(34, 4, True)
+    model.load_state_dict(torch.load(args.out_dir / "best.pt")["ema"])
+    x = step.crop(args, step.decode(np.fromfile(files[0], np.uint8)), None)[None]
+    with torch.no_grad():
+        p = model.eval()(step.normalize(x / 255, step.image_stats("cpu"))).softmax(1)[0]
+    assert lines[0].startswith(f"{files[0]}: {p.max():.1%} n{p.argmax():08d}")
+
+
+def test_bad_input_of_predict_is_one_line(step, tree, tmp_path, predict):
+    code, errors = predict("--out_dir", tmp_path, "a.jpeg")
+    assert code == 2 and errors.count("\n") == 1 and "best.pt is missing" in errors
+    step.train(args := flags(step, tree, tmp_path, "--max_iters", "1"))
+    (tmp_path / "text.jpeg").write_text("not an image")
+    for name in ("text.jpeg", "none.jpeg"):
+        code, errors = predict("--out_dir", args.out_dir, tmp_path / name)
+        assert code == 2 and errors.count("\n") == 1 and str(tmp_path / name) in errors
+    code, errors = predict()
+    assert code == 2 and errors.count("\n") == 1 and "IMAGE" in errors
 
 
 # ---------- bad input ----------
@@ -498,13 +768,28 @@ def test_other_bad_input_is_one_line(step, tree, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     assert "--cache_dir" in error_of(*place, "--cache_dir", tmp_path / "file")
     assert "last.pt" in error_of(*place, "--init_from", "resume")
-    assert "best.pt" in error_of(*place, "--predict", tmp_path / "file")
     if not torch.cuda.is_available():
         assert "--device cuda" in error_of(*place, "--device", "cuda")
     assert not (tmp_path / "out").exists()
     extra = tree / "val" / "n00000009"
     extra.mkdir()
     assert "class folders" in error_of(*place)
+    extra.rmdir()
+    for path in (tree / "val").glob("*/*"):
+        path.unlink()
+    assert "val" in error_of(*place)
+    shutil.rmtree(tree / "val")
+    shutil.rmtree(tree / "cache", ignore_errors=True)
+    assert str(tree / "val") in error_of(*place)
+    assert not (tree / "cache").exists()  # nothing was packed before this was noticed
+
+
+def test_out_of_gpu_memory_is_one_line(tree, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.Tensor, "backward", full)
+    assert "--batch_size" in error_of("--data_dir", tree, "--out_dir", tmp_path / "out")
 
 
 def test_damaged_checkpoint_is_one_line_and_stays(step, tree, tmp_path, monkeypatch):

@@ -56,9 +56,10 @@ def main():
             flags += ["--train_size", own.size, "--num_workers", 0]
             args = step.parse_args([str(flag) for flag in flags])
             start = time.perf_counter()
-            pack, rows, _ = step.pack_images(args, "train")
+            images = step.list_images(args, "train")[1]
+            pack, rows = step.pack_images(args, "train", images)
             packing[pack_size] = len(rows) / (time.perf_counter() - start)
-            sets[pack_size] = step.Images(args, pack, rows)
+            sets[pack_size] = step.PackedImages(args, pack, rows)
         items = [(i, key) for key, i in enumerate(np.random.default_rng(0).permutation(n).tolist())]
         batches = [items[i : i + BATCH] for i in range(0, n, BATCH)]
 
