@@ -18,6 +18,15 @@ step = load_step(STEP)
 SMALL = "--n_layer 2 --n_head 2 --n_embd 16 --block_size 16 --batch_size 4 --dtype float32".split()
 
 
+def run_sample(*flags):
+    """Run sample.py as a script of its own, as run_main does: (exit code, stderr)."""
+    sys.modules.pop("train", None)  # each step has another one
+    try:
+        return run_main(STEP, *flags, script="sample.py")
+    finally:
+        sys.modules.pop("train", None)
+
+
 def small(*flags):
     """Return args and a model with large weights, so that mistakes show in its outputs."""
     args = step.parse_args([*SMALL, "--device", "cpu", *map(str, flags)])
@@ -41,7 +50,7 @@ def test_parameter_count_is_nanogpts():
     assert sum(p.numel() for p in model.parameters()) - model.wpe.weight.numel() == 10_646_784
 
 
-def test_first_loss_is_that_of_a_guess():
+def test_first_loss_is_that_of_the_uniform_distribution():
     torch.manual_seed(0)
     model = step.GPT(gpu_sizes(), 65).eval()
     ids = torch.randint(65, (4, 65))
@@ -136,7 +145,7 @@ def test_the_first_nine_tenths_train_and_the_rest_validates(tmp_path):
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_training_is_the_recipe(optimizer, standins, tmp_path):
-    """Forward, backward, clip, rate, update: the same weights as by the loop written out here."""
+    """Forward, backward, clip, update: the same weights as by the loop written out here."""
     flags = [*tiny_flags(STEP, standins, tmp_path), "--device", "cpu", "--dtype", "float32"]
     flags += (
         "--dropout 0.3 --grad_clip 0.1 --warmup_iters 3 --max_iters 8 --eval_interval 4".split()
@@ -153,17 +162,17 @@ def test_training_is_the_recipe(optimizer, standins, tmp_path):
         groups = [{"params": group, "weight_decay": w} for group, w in zip(groups, (0.1, 0.0))]
         optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.99))]
     for i in range(8):
+        torch.manual_seed((args.seed << 32) + i)
         x, y = next(batches)
         loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-        done = max(0, i - 3) / 5
-        wave = (1 + math.cos(math.pi * done)) / 2
-        rate = args.min_lr + (args.learning_rate - args.min_lr) * wave
+        cosine = (1 + math.cos(math.pi * max(0, i - 3) / 5)) / 2
+        learning_rate = args.min_lr + (args.learning_rate - args.min_lr) * cosine
         for each in optimizers:
             for group in each.param_groups:
-                group["lr"] = min((i + 1) / 4, 1) * rate
+                group["lr"] = min((i + 1) / 4, 1) * learning_rate
             each.step()
         losses.append(loss.item())
     trained = torch.load(tmp_path / "last.pt", weights_only=True)["model"]
@@ -177,7 +186,7 @@ def test_best_is_the_checkpoint_of_the_lowest_loss(standins, tmp_path, monkeypat
     monkeypatch.setattr(step, "evaluate", lambda *_: next(losses))
     step.train(step.parse_args(tiny_flags(STEP, standins, tmp_path)))
     states = [torch.load(tmp_path / f, weights_only=True)["state"] for f in ("best.pt", "last.pt")]
-    assert [(s["iter_num"], s["val_loss"]) for s in states] == [(3, 2.0), (6, 2.0)]
+    assert [(s["iter_num"], s["best"]) for s in states] == [(3, 2.0), (6, 2.0)]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(standins, tmp_path, monkeypatch):
@@ -189,7 +198,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(standins, tmp_path, monkeypatch
 
     monkeypatch.setattr("torch.nn.functional.cross_entropy", cross_entropy)
     result = run_main(STEP, *tiny_flags(STEP, standins, tmp_path))
-    assert_one_line(result, "not finite", "iteration 6", "learning_rate")
+    assert_one_line(result, "no longer finite", "iteration 6", "learning_rate")
     assert torch.load(tmp_path / "last.pt", weights_only=True)["state"]["iter_num"] == 3
 
 
@@ -230,7 +239,7 @@ def test_adamw_is_nanogpts_recipe():
     assert step.schedule(args, 5000) == step.schedule(args, 6000) == pytest.approx(1e-4)
 
 
-def test_the_rate_ends_at_lr_decay_iters():
+def test_the_learning_rate_ends_at_lr_decay_iters():
     args = small("--lr_decay_iters", 100, "--max_iters", 200)[0]
     assert step.schedule(args, 60) > step.schedule(args, 100) == step.schedule(args, 150)
     assert step.schedule(args, 100) == args.min_lr
@@ -242,7 +251,10 @@ def test_a_flag_overrides_the_recipe():
 
 
 def test_compile_without_a_compiler_goes_on_and_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(step.shutil, "which", lambda name: None)
+    def broken(*args, **kwargs):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", broken)
     args, model = small("--compile")
     assert step.compile_model(args, model) is model
     assert "no C++ compiler" in capsys.readouterr().out
@@ -292,7 +304,7 @@ def test_cached_sampling_writes_the_same_text(length):
     assert len(cached.unique()) > 5
 
 
-def test_sampling_takes_the_likeliest_at_temperature_0():
+def test_sampling_takes_the_most_likely_at_temperature_0():
     args, model = small("--temperature", 0, "--max_new_tokens", 12)
     ids = step.generate(args, model, torch.randint(65, (2, 4)))
     best = model.eval()(ids[:, :-1]).argmax(2)
@@ -315,7 +327,7 @@ def test_top_k_and_seed():
 
 
 def test_samples_end_with_stop():
-    args, model = small("--temperature", 5.0, "--max_new_tokens", 2000, "--num_samples", 3)
+    args, model = small("--temperature", 5.0, "--max_new_tokens", 400, "--num_samples", 3)
     args.top_k = 0
     vocab = "".join(map(chr, range(40, 105)))
     args.prompt, args.stop = "ab", "c"
@@ -381,13 +393,15 @@ def test_killed_and_resumed_is_bit_identical(standins, tmp_path):  # Muon's stat
 
 
 def test_a_signal_saves_and_resume_goes_on(standins, tmp_path):
-    class Stop:
-        def is_set(self):
+    class Signals:
+        """A list of signals that gets its first one before the sixth iteration."""
+
+        def __bool__(self):
             self.asked = getattr(self, "asked", 0) + 1
             return self.asked > 5
 
     flags = tiny_flags(STEP, standins, tmp_path)
-    step.train(step.parse_args(flags), Stop())
+    step.train(step.parse_args(flags), Signals())
     assert torch.load(tmp_path / "last.pt", weights_only=True)["state"]["iter_num"] == 5
     final = step.train(step.parse_args([*flags, "--init_from", "resume"]))
     whole = step.train(step.parse_args(tiny_flags(STEP, standins, tmp_path / "whole")))
@@ -414,31 +428,39 @@ def test_resume_with_a_cropped_block(standins, tmp_path):
     assert checkpoint["adamw"]["state"][1]["exp_avg"].shape == (8, 16)
 
 
-def test_the_checkpoint_tells_its_sizes(standins, tmp_path, capsys):
+def test_sample_takes_the_sizes_and_the_vocabulary_from_the_checkpoint(standins, tmp_path, capsys):
     step.train(step.parse_args(tiny_flags(STEP, standins, tmp_path)))
-    args = step.parse_args(["--out_dir", str(tmp_path), "--sample_only", "--prompt", "The "])
-    assert args.n_embd == 16
-    args.max_new_tokens = 7
     capsys.readouterr()
-    step.write_samples(args)
+    flags = ["--out_dir", tmp_path, "--max_new_tokens", 7]
+    assert run_sample(*flags, "--prompt", "The ")[0] == 0
     text = capsys.readouterr().out
     assert text.startswith("The ")
     assert len(text) == len("The ") + 7 + 1
+    (tmp_path / "prompt.txt").write_text("The rest", encoding="utf-8")
+    assert run_sample(*flags, "--prompt", f"FILE:{tmp_path / 'prompt.txt'}")[0] == 0
+    assert capsys.readouterr().out.startswith("The rest")
 
 
-def test_prompt_from_a_file(tmp_path):
-    (tmp_path / "prompt.txt").write_text("Good night", encoding="utf-8")
-    args = step.parse_args(["--prompt", f"FILE:{tmp_path / 'prompt.txt'}"])
-    assert args.prompt == "Good night"
-
-
-def test_eval_only_trains_nothing(standins, tmp_path):
+def test_eval_only_changes_no_file(standins, tmp_path):
     flags = tiny_flags(STEP, standins, tmp_path)
     final = step.train(step.parse_args(flags))
-    before = (tmp_path / "last.pt").read_bytes()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     again = step.train(step.parse_args([*flags, "--init_from", "resume", "--eval_only"]))
     assert again["val_loss"] == final["val_loss"]
-    assert (tmp_path / "last.pt").read_bytes() == before
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_resume_at_iteration_0_keeps_its_record(standins, tmp_path):
+    class Signals:
+        """A list of signals that gets its first one after iteration 0 was recorded."""
+
+        def __bool__(self):
+            return (tmp_path / "last.pt").exists()
+
+    flags = tiny_flags(STEP, standins, tmp_path)
+    step.train(step.parse_args(flags), Signals())
+    step.train(step.parse_args([*flags, "--init_from", "resume"]))
+    assert [r["iter"] for r in records(tmp_path)] == [0, 3, 6]
 
 
 def assert_one_line(result, *words):
@@ -458,7 +480,7 @@ def test_damaged_checkpoints(standins, tmp_path):
     whole = (tmp_path / "last.pt").read_bytes()
     for damaged in (whole[: len(whole) // 2], b"", b"no checkpoint"):
         (tmp_path / "last.pt").write_bytes(damaged)
-        assert_one_line(run_main(STEP, *flags), tmp_path / "last.pt", "whole")
+        assert_one_line(run_main(STEP, *flags), tmp_path / "last.pt", "damaged")
         assert (tmp_path / "last.pt").read_bytes() == damaged
     assert len(records(tmp_path)) == 3
 
@@ -472,20 +494,20 @@ def test_a_checkpoint_of_other_characters(standins, tmp_path):
     assert_one_line(run_main(STEP, *flags), tmp_path / "last.pt", "characters")
 
 
-def test_unknown_character_in_the_prompt(standins, tmp_path):
-    flags = tiny_flags(STEP, standins, tmp_path)
-    step.train(step.parse_args(flags))
-    flags = ["--sample_only", "--out_dir", tmp_path, "--prompt", "caf\u00e9"]
-    assert_one_line(run_main(STEP, *flags), "--prompt", "\u00e9")
-    flags[-2:] = ["--stop", "\u00e9"]
-    assert_one_line(run_main(STEP, *flags), "--stop", "\u00e9")
+def test_what_sample_cannot_do_is_one_line(standins, tmp_path):
+    flags = ["--out_dir", tmp_path]
+    assert_one_line(run_sample(*flags), tmp_path / "best.pt", "missing")
+    step.train(step.parse_args(tiny_flags(STEP, standins, tmp_path)))
+    assert_one_line(run_sample(*flags, "--prompt", "caf\u00e9"), "--prompt", "\u00e9")
+    assert_one_line(run_sample(*flags, "--prompt", "FILE:/nowhere"), "/nowhere")
+    (tmp_path / "prompt.txt").write_bytes(b"caf\xe9")
+    assert_one_line(run_sample(*flags, "--prompt", f"FILE:{tmp_path / 'prompt.txt'}"), "utf-8")
 
 
 @pytest.mark.parametrize(
     ("flags", "word"),
     [
         (["--n_head", "3"], "--n_embd 16"),
-        (["--prompt", "FILE:/nowhere"], "/nowhere"),
         (["--prompt", ""], "--prompt"),
         (["--block_size", "100000"], "--block_size"),
         (["--prompt", "\u00e9"], "--prompt"),
@@ -498,11 +520,13 @@ def test_bad_flags(flags, word, standins, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("content", [b"caf\xe9 and more", b"too short"])
-def test_texts_that_cannot_be_used(content, tmp_path):
+@pytest.mark.parametrize(
+    ("content", "word"), [(b"caf\xe9 and more", "text.txt"), (b"too short", "--block_size 64")]
+)
+def test_texts_that_cannot_be_used(content, word, tmp_path):
     (tmp_path / "text.txt").write_bytes(content)
-    flags = ["--input", tmp_path / "text.txt", "--out_dir", tmp_path / "out"]
-    assert_one_line(run_main(STEP, *flags), tmp_path / "text.txt")
+    flags = ["--input", tmp_path / "text.txt", "--out_dir", tmp_path / "out", "--device", "cpu"]
+    assert_one_line(run_main(STEP, *flags), "--input", word)
     assert not (tmp_path / "out").exists()
 
 

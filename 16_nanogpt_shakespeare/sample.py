@@ -1,0 +1,41 @@
+"""Print samples of the trained model in out_dir/best.pt: python sample.py [FLAGS OF train.py]
+
+--prompt FILE:PATH takes the prompt from a text file.
+"""
+
+import signal
+import sys
+
+if __name__ == "__main__":  # Ctrl-C ends the run with exit code 130, also during the imports below
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+
+import argparse
+from pathlib import Path
+
+import torch
+from train import GPT, load_checkpoint, parse_args, read_checkpoint, sample, setup_device
+
+
+def main(argv):
+    """Print args.num_samples samples."""
+    args = parse_args(argv)
+    if args.prompt.startswith("FILE:"):
+        args.prompt = Path(args.prompt[5:]).read_text(encoding="utf-8")
+    device = setup_device(args)
+    path = args.out_dir / "best.pt"
+    state = read_checkpoint(path)["state"]
+    vars(args).update(state["args"])  # the sizes of the model
+    model = GPT(args, len(state["vocab"])).to(device)
+    load_checkpoint(path, {"model": model})
+    print(sample(args, model, state["vocab"]))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except torch.OutOfMemoryError:
+        print("sample.py: error: out of GPU memory: lower --num_samples", file=sys.stderr)
+        sys.exit(2)
+    except (argparse.ArgumentTypeError, MemoryError, OSError, UnicodeDecodeError) as error:
+        print(f"sample.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
