@@ -72,9 +72,8 @@ def augment(x, shift):
     """Move the images x (B, 1, H, W) by up to shift pixels each way, all in the same direction."""
     # One random shift per minibatch is cheap; over the epochs every image meets many of them.
     dy, dx = torch.randint(-shift, shift + 1, (2,)).tolist()
-    return x.roll(
-        (dy, dx), dims=(2, 3)
-    )  # wraps around, but MNIST's borders are nearly always blank
+    # roll wraps around, but MNIST's borders are nearly always blank.
+    return x.roll((dy, dx), dims=(2, 3))
 
 
 # ---------- model ----------
