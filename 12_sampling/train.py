@@ -187,9 +187,7 @@ def evaluate(model, dataset, name):
 def generate(args, model, ids):
     """Return ids (1, N), at least T, followed by max_new_tokens ids sampled from the model."""
     model.eval()
-    generator = torch.Generator().manual_seed(
-        args.seed
-    )  # apart from the random numbers of training
+    generator = torch.Generator().manual_seed(args.seed)  # not the generator of training
     for _ in range(args.max_new_tokens):
         logits = model(ids[:, -args.block_size :])  # (1, V)
         logits[:, 0] = -math.inf  # never sample <unk>

@@ -249,9 +249,7 @@ def evaluate(args, model, ids, name):
 def generate(args, model, ids):
     """Return ids (1, N) followed by max_new_tokens ids sampled from the model."""
     model.eval()
-    generator = torch.Generator().manual_seed(
-        args.seed
-    )  # apart from the random numbers of training
+    generator = torch.Generator().manual_seed(args.seed)  # not the generator of training
     for _ in range(args.max_new_tokens):
         logits = model(ids[:, -args.block_size :])[:, -1]  # (1, V)
         logits[:, 0] = -math.inf  # never sample <unk>
