@@ -210,6 +210,19 @@ def test_pixels_are_normalized_with_the_training_sets_statistics(step, standins)
     assert not torch.allclose(mean, test.mean(), atol=1e-4)  # or this test could not tell
 
 
+@pytest.mark.parametrize("step", MNIST_STEPS, ids=name)
+def test_every_epoch_shows_each_image_once_in_a_new_order(step):
+    x = torch.arange(10)
+    batches = step.minibatches(TensorDataset(x, -x), 4)
+    epochs = []
+    for _ in range(3):
+        images, labels = (torch.cat(part) for part in zip(*(next(batches) for _ in range(3))))
+        assert torch.equal(images, -labels)
+        epochs.append(images.tolist())
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert list(range(10)) != epochs[0] != epochs[1] != epochs[2]
+
+
 class Probe(nn.Module):
     """A linear model with dropout that remembers how it is called."""
 

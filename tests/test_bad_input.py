@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -129,7 +130,9 @@ def finite_records(out_dir):
 )
 def test_diverging_run_stops_and_keeps_what_it_wrote(step, standins, tmp_path):
     flags = [*tiny_flags(step, standins, tmp_path), "--learning_rate", "1e9", "--max_iters", "200"]
-    code, errors = run_main(step, *flags)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)  # numpy's, a second line on stderr
+        code, errors = run_main(step, *flags)
     assert code == 2
     assert_one_line(errors, "train.py: error: ", "--learning_rate 1000000000.0")
     stopped = int(re.search(r"at iteration (\d+)", errors)[1])
@@ -185,6 +188,18 @@ def test_labels_of_other_images_are_noticed(step, standins, tmp_path, no_network
     assert code == 2
     assert_one_line(errors, raw / "train", "images", "labels", "tests/standins.py")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("step", [*STEPS[:6], *MNIST_STEPS])
+def test_a_batch_larger_than_the_data_is_smaller_or_refused(step, standins, tmp_path):
+    flags = [*tiny_flags(step, standins, tmp_path), "--batch_size", "5000", "--max_iters", "2"]
+    code, errors = run_main(step, *flags)
+    if "exceeds the" in source(step):  # a step that needs batches of one size
+        assert code == 2
+        assert_one_line(errors, "--batch_size 5000", "2000")
+    else:
+        assert code == 0
+        assert finite_records(tmp_path)[-1]["iter"] == 2
 
 
 @pytest.mark.parametrize("step", STEPS)

@@ -108,6 +108,8 @@ def test_plot_compares_runs(tiny_run, tmp_path, monkeypatch):
 @pytest.mark.parametrize("step", STEPS)
 def test_same_seed_same_metrics(step, tiny_run, standins, tmp_path):
     module, out_dirs = load_step(step), [tiny_run(step)[1], tmp_path / "same", tmp_path / "other"]
+    out_dirs[1].mkdir()
+    (out_dirs[1] / "metrics.jsonl").write_text('{"iter": 0}\n')  # of an earlier run: replaced
     for out_dir, seed in zip(out_dirs[1:], ("1337", "1")):
         flags = [*tiny_flags(step, standins, out_dir), "--seed", seed]
         module.train(module.parse_args(flags))
