@@ -223,7 +223,7 @@ def image_stats(device):
 
 
 def normalize(x, stats):
-    """Return pixels x, 0 to 1, normalized by stats: the training set's mean, standard deviation."""
+    """Return pixels x, 0 to 1, normalized with stats, the training set's (mean, std)."""
     mean, std = stats
     return (x - mean) / std
 
@@ -367,14 +367,18 @@ def compile_model(args, model):
 
 # ---------- optimizer ----------
 def make_optimizer(args, model):
-    """Return SGD with Nesterov momentum and weight decay, of convolutions and matrices only."""
+    """Return SGD with Nesterov momentum and weight decay, the latter without biases and norms."""
     groups = [
         {"params": [p for p in model.parameters() if p.ndim > 1]},
         {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
     ]
-    # fused: one kernel updates all parameters, where a loop would launch several for each tensor.
     return torch.optim.SGD(
-        groups, 0.0, 0.9, weight_decay=args.weight_decay, nesterov=True, fused=True
+        groups,
+        lr=0.0,  # train sets it before every update
+        momentum=0.9,
+        weight_decay=args.weight_decay,
+        nesterov=True,
+        fused=True,  # one kernel updates all parameters, instead of several for each tensor
     )
 
 
@@ -533,7 +537,7 @@ def train(args, signals=None):
     args.warmup_iters = round(args.warmup_epochs * iters_per_epoch)
     args.eval_interval = args.eval_interval or iters_per_epoch
     model = ResNet(args.depth, len(names), args.small_stem)
-    # channels_last: a pixel's channels are neighbors in memory, as fast convolutions read them.
+    # channels_last (NHWC): a pixel's channels lie side by side, as fast convolutions read them.
     model = model.to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model)  # the averaged model is the one that is evaluated
     averages, values = (
@@ -611,6 +615,7 @@ def train(args, signals=None):
         x, y = augment(args, x, y, stats, len(names))
         with autocast(args):
             logits = compiled(x)
+        # Label smoothing: the target probability stays below 1, so logits need not grow forever.
         loss = F.cross_entropy(logits.float(), y, label_smoothing=args.label_smoothing)
         if iter_num % 100 == 0:  # not always: to read the loss, the CPU has to wait for the GPU
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)

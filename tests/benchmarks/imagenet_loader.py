@@ -1,9 +1,9 @@
-"""Images a second and core: step 15's loader beside a PIL DataLoader, on full-size photographs.
+"""Images per second and core: step 15's loader and a PIL DataLoader, on full-size photographs.
 
     python tests/benchmarks/imagenet_loader.py IMAGENET [--size 224] [--repeats 5]
 
-IMAGENET is a folder with train/ and val/. Both crop at random, resize and end with a batch that
-holds every image. The PIL one is what pytorch/examples' imagenet does: ImageFolder,
+IMAGENET is a folder with train/ and val/. Both make random resized crops and count the last,
+incomplete minibatch. The PIL one is what pytorch/examples' imagenet does: ImageFolder,
 RandomResizedCrop, flip, ToTensor, Normalize. One process, one thread; the two take turns.
 """
 
@@ -28,8 +28,8 @@ from table import row
 BATCH = 64
 
 
-def rate(loader, n):
-    """Return images a second over one pass, from the first request to the last batch."""
+def images_per_second(loader, n):
+    """Return images per second over one epoch, from the first request to the last minibatch."""
     start = time.perf_counter()
     seen = sum(len(x) for x, _ in loader)
     assert seen == n
@@ -39,15 +39,15 @@ def rate(loader, n):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, metavar="IMAGENET")
-    parser.add_argument("--size", type=int, default=224, help="pixels a side of a crop")
+    parser.add_argument("--size", type=int, default=224, help="height and width of a crop")
     parser.add_argument("--repeats", type=int, default=5)
     own = parser.parse_args()
     torch.set_num_threads(1)
     step = load_step("15")
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     crop, flip = transforms.RandomResizedCrop(own.size), transforms.RandomHorizontalFlip()
-    change = [crop, flip, transforms.ToTensor(), transforms.Normalize(mean, std)]
-    pil = ImageFolder(own.folder / "train", transforms.Compose(change))
+    transform = [crop, flip, transforms.ToTensor(), transforms.Normalize(mean, std)]
+    pil = ImageFolder(own.folder / "train", transforms.Compose(transform))
     n = len(pil)
     with tempfile.TemporaryDirectory() as cache:
         sets, packing = {}, {}
@@ -64,8 +64,8 @@ def main():
         batches = [items[i : i + BATCH] for i in range(0, n, BATCH)]
 
         def ours(pack_size, workers=0):
-            passes = batches * (10 if workers else 1)  # starting the processes must not count
-            return DataLoader(sets[pack_size], batch_sampler=passes, num_workers=workers)
+            epochs = batches * (10 if workers else 1)  # or starting the processes would dominate
+            return DataLoader(sets[pack_size], batch_sampler=epochs, num_workers=workers)
 
         def theirs(workers=0):
             return DataLoader(pil, batch_size=BATCH, shuffle=True, num_workers=workers)
@@ -78,26 +78,25 @@ def main():
                 return n / (time.perf_counter() - start)
 
         ways = {
-            "PIL DataLoader": lambda: rate(theirs(), n),
-            "step 15, full size": lambda: rate(ours(0), n),
-            "step 15, packed at 256": lambda: rate(ours(256), n),
+            "PIL DataLoader": lambda: images_per_second(theirs(), n),
+            "step 15, full size": lambda: images_per_second(ours(0), n),
+            "step 15, packed at 256": lambda: images_per_second(ours(256), n),
             "packed, 2 threads": lambda: threads(2),
-            "packed, 2 processes": lambda: rate(ours(256, 2), 10 * n),
+            "packed, 2 processes": lambda: images_per_second(ours(256, 2), 10 * n),
         }
-        rates = {name: [] for name in ways}
+        speeds = {name: [] for name in ways}
         for _ in range(own.repeats + 1):
             for name, run in ways.items():
-                rates[name].append(run())
-    base = statistics.median(rates["PIL DataLoader"][1:])  # the first round warms up
+                speeds[name].append(run())
+    base = statistics.median(speeds["PIL DataLoader"][1:])  # the first round warms up
     print(f"{n} images at {own.size}, {own.repeats} rounds; packing at 256: {packing[256]:.0f}/s")
-    print(f"{'loader':24s} {'ratio':>6s} {'images/s':>9s} {'least':>7s} {'most':>7s}")
-    for name, values in rates.items():
-        middle = statistics.median(values[1:])
-        least, most = min(values[1:]), max(values[1:])
-        print(f"{name:24s} {middle / base:6.2f} {middle:9.0f} {least:7.0f} {most:7.0f}")
+    print(f"{'loader':24s} {'ratio':>6s} {'images/s':>9s} {'min':>7s} {'max':>7s}")
+    for name, values in speeds.items():
+        median, low, high = statistics.median(values[1:]), min(values[1:]), max(values[1:])
+        print(f"{name:24s} {median / base:6.2f} {median:9.0f} {low:7.0f} {high:7.0f}")
     for name in ("step 15, full size", "step 15, packed at 256"):
-        middle = statistics.median(rates[name][1:])
-        row(f"images/s on a core, {name} and a PIL DataLoader", middle, base)
+        median = statistics.median(speeds[name][1:])
+        row(f"images/s on a core, {name} and a PIL DataLoader", median, base)
     if torch.cuda.is_available():
         from torchvision.io import decode_jpeg
 

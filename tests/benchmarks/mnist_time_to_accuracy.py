@@ -1,11 +1,11 @@
 """Steps 09, 10 and 14 beside the usual MNIST loop.
 
-    python tests/benchmarks/mnist_time_to_accuracy.py [--epochs 2] [--only hurry]
+    python tests/benchmarks/mnist_time_to_accuracy.py [--epochs 2] [--only short]
 
-The usual loop is what most first scripts do: a DataLoader that transforms one image after another,
-batches of 64, two convolutions with dropout, Adadelta, a test after every epoch, 14 epochs. It runs
-for --epochs of them and its whole time is worked out from these. The steps run as their users run
-them, in a process of their own, and all start-up counts. Needs MNIST under --data_dir.
+The usual loop is that of pytorch/examples: a DataLoader that transforms one image after another,
+minibatches of 64, two convolutions with dropout, Adadelta, a test after every epoch, 14 epochs. It
+runs for --epochs of them, from which its total time is extrapolated. The steps run as their users
+run them, each in its own process, and all start-up counts. Needs MNIST under --data_dir.
 """
 
 import argparse
@@ -28,13 +28,13 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 RUNS = {
     "09_mnist_convnet": "",
     "10_mnist_resnet": "",
-    "14_resnet_gpu, in a hurry": "--max_iters 1000 --n_channel 16 --rotate 6 --scale 0.06",
+    "14_resnet_gpu, short run": "--max_iters 1000 --n_channel 16 --rotate 6 --scale 0.06",
     "14_resnet_gpu": "",
 }
 
 
 def usual_epochs(data_dir, n_epochs):
-    """Train as the usual script does; return images/s, seconds an epoch, the test accuracy."""
+    """Train as the usual script does; return images/s, seconds per epoch, the test accuracy."""
     to_x = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.13,), (0.31,))])
     train_set, test_set = (datasets.MNIST(data_dir, part, transform=to_x) for part in (True, False))
     model = nn.Sequential(
@@ -52,12 +52,12 @@ def usual_epochs(data_dir, n_epochs):
             loss.backward()
             optimizer.step()
             if i % 10 == 0:
-                loss.item()  # it prints it
+                loss.item()  # the example prints it
         model.eval()
         with torch.no_grad():
-            right = sum((model(x).argmax(1) == y).sum() for x, y in DataLoader(test_set, 1000))
+            n_correct = sum((model(x).argmax(1) == y).sum() for x, y in DataLoader(test_set, 1000))
     seconds = (time.perf_counter() - begin) / n_epochs
-    return len(train_set) / seconds, seconds, right.item() / len(test_set)
+    return len(train_set) / seconds, seconds, n_correct.item() / len(test_set)
 
 
 def first_at(records, accuracy):
@@ -68,15 +68,15 @@ def first_at(records, accuracy):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=2, help="of the usual loop's 14 to run")
+    parser.add_argument("--epochs", type=int, default=2, help="epochs of the usual loop to run")
     parser.add_argument("--only", default="", help="run only the steps with this in their name")
     parser.add_argument("--data_dir", type=Path, default=os.environ.get("DATA_DIR", "data"))
     bench = parser.parse_args()
     usual_speed, per_epoch, accuracy = usual_epochs(bench.data_dir, bench.epochs)
     usual, rows = 14 * per_epoch, []
-    print(f"the usual loop: {usual_speed:.0f} images/s, {per_epoch:.1f} s an epoch, so")
+    print(f"the usual loop: {usual_speed:.0f} images/s, {per_epoch:.1f} s per epoch, so")
     print(f"{usual:.0f} s for 14 ({accuracy:.2%} after the {bench.epochs} run here)")
-    print(f"{'':27s} {'speed-up':>8s} {'whole s':>8s} {'to 99%':>8s} {'to 99.5%':>8s}", end="")
+    print(f"{'':27s} {'speed-up':>8s} {'total s':>8s} {'to 99%':>8s} {'to 99.5%':>8s}", end="")
     print(f" {'images/s':>8s} {'accuracy':>8s}")
     for name, flags in RUNS.items():
         if bench.only not in name:
@@ -86,16 +86,16 @@ if __name__ == "__main__":
             more = ["--data_dir", bench.data_dir, "--out_dir", out_dir, *flags.split()]
             begin = time.perf_counter()
             subprocess.run([sys.executable, script, *more], check=True, capture_output=True)
-            whole = time.perf_counter() - begin
+            total = time.perf_counter() - begin
             lines = (Path(out_dir) / "metrics.jsonl").read_text().splitlines()
             used = json.loads((Path(out_dir) / "args.json").read_text())
         records = [json.loads(line) for line in lines]
-        print(f"{name:27s} {usual / whole:7.1f}x {whole:8.1f}", end=" ")
+        print(f"{name:27s} {usual / total:7.1f}x {total:8.1f}", end=" ")
         print(first_at(records, 0.99), first_at(records, 0.995), end=" ")
         speed = used["max_iters"] * used["batch_size"] / records[-1]["seconds"]
         accuracy = records[-1]["test_accuracy"]
         print(f"{speed:8.0f} {accuracy:8.2%}", flush=True)
         rows.append((f"images/s, {name} and the usual loop", speed, usual_speed))
-        rows.append((f"s to the end ({accuracy:.2%}), {name} and the usual loop", whole, usual))
+        rows.append((f"s to the end ({accuracy:.2%}), {name} and the usual loop", total, usual))
     for values in rows:
         row(*values)

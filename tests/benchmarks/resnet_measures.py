@@ -1,10 +1,10 @@
-"""What each measure of step 14 gains.
+"""What each optimization of step 14 gains.
 
     python tests/benchmarks/resnet_measures.py [--rounds 3]
 
-The same small residual network trains on the same digits; the measures are switched on one after
-the other. Images/s are medians over the rounds, which take the variants in turn. --data_dir needs
-MNIST, or stand-ins from tests/standins.py.
+The same small residual network trains on the same digits; the optimizations are switched on one
+after the other. Images/s are medians over the rounds, in which the variants take turns. --data_dir
+needs MNIST, or stand-ins from tests/standins.py.
 """
 
 import argparse
@@ -25,14 +25,14 @@ from table import row
 step_10, step_14 = load_step("10"), load_step("14")
 MEASURES = [  # each line keeps what the lines above it switched on
     ("step 10: float32, DataLoader, optax", {}),
-    ("first convolution sees every second pixel", {"stride": True}),
+    ("first convolution with stride 2", {"stride": True}),
     ("data and augmentation on the device", {"on_device": True}),
     ("fused SGD in place of the optax bridge", {"fused": True}),
-    ("channels last", {"channels_last": True}),
+    ("channels-last memory format", {"channels_last": True}),
     ("bfloat16", {"bfloat16": True}),
     ("batches of 256", {"batch_size": 256}),
-    ("nothing waits for the device", {"no_sync": True}),
-    ("torch.compile (its own time not counted)", {"compile": True}),
+    ("no synchronization per iteration", {"no_sync": True}),
+    ("torch.compile (compilation not counted)", {"compile": True}),
 ]
 
 
@@ -85,7 +85,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3, help="repetitions; the median counts")
     parser.add_argument("--seconds", type=float, default=3, help="of each measurement")
-    parser.add_argument("--compile", action="store_true", help="measure torch.compile, too")
+    parser.add_argument("--compile", action="store_true", help="also measure torch.compile")
     parser.add_argument("--data_dir", type=Path, default=os.environ.get("DATA_DIR", "data"))
     bench = parser.parse_args()
     if torch.cuda.is_available():
@@ -98,8 +98,8 @@ if __name__ == "__main__":
             on |= switch
             speeds[name].append(variant(bench, on))
     medians = [statistics.median(speeds[name]) for name, _ in measures]
-    print(f"{'measure':42s} {'gain':>6s} {'in all':>7s} {'images/s':>9s}")
+    print(f"{'optimization':42s} {'gain':>6s} {'total':>7s} {'images/s':>9s}")
     for i, (name, _) in enumerate(measures):
-        gain, whole = medians[i] / medians[max(0, i - 1)], medians[i] / medians[0]
-        print(f"{name:42s} {gain:5.2f}x {whole:6.2f}x {medians[i]:9.0f}")
-    row("images/s in training, all measures and none", medians[-1], medians[0])
+        gain, total = medians[i] / medians[max(0, i - 1)], medians[i] / medians[0]
+        print(f"{name:42s} {gain:5.2f}x {total:6.2f}x {medians[i]:9.0f}")
+    row("images/s in training, all optimizations and none", medians[-1], medians[0])
