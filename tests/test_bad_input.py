@@ -207,18 +207,34 @@ def test_interrupt_leaves_with_130(step, standins, tmp_path, monkeypatch):
     real = tqdm.__iter__
 
     def interrupt(bar):
-        signal.raise_signal(signal.SIGINT)
+        handler = signal.getsignal(signal.SIGINT)
+        if handler is signal.SIG_DFL:  # the process ends, and the shell reports 130
+            raise SystemExit(130)
+        handler(signal.SIGINT, None)
         yield from real(bar)  # for a step that first saves a checkpoint
 
     monkeypatch.setattr("tqdm.tqdm.__iter__", interrupt)
+    monkeypatch.setattr("os._exit", sys.exit)
     code, _ = run_main(step, *tiny_flags(step, standins, tmp_path))
     assert code == 130
 
 
 INTERRUPTED = [
     *((step, "imports") for step in STEPS if step[:2] in ("01", "08")),
+    *((step, "a callback") for step in STEPS if step[:2] == "01"),
     *((step, "training") for step in STEPS if step[:2] in ("01", "06", "10", "13")),
 ]
+WAITING = {  # instead of tqdm: import it, and wait for the signal
+    "imports": "import time\nprint('waiting', flush=True)\ntime.sleep(60)\n",
+    # JAX has a callback for garbage collection: what a signal's handler raises in one is ignored.
+    "a callback": """import gc, time
+def wait(phase, info):
+    print('waiting', flush=True)
+    time.sleep(60)
+gc.callbacks.append(wait)
+gc.collect()
+""",
+}
 
 
 @pytest.fixture(scope="module")
@@ -230,15 +246,14 @@ def interrupted(standins, tmp_path_factory):
         flags = [*tiny_flags(step, standins, folder / "out"), "--max_iters", "1000000"]
         command = [sys.executable, str(ROOT / step / "train.py"), *flags]
         env = os.environ | {"OMP_NUM_THREADS": "1"}
-        if when == "imports":  # Python finds this module before the real tqdm, and waits in it
-            waiting = "import time\nprint('importing', flush=True)\ntime.sleep(60)\n"
-            (folder / "tqdm.py").write_text(waiting)
+        if when in WAITING:
+            (folder / "tqdm.py").write_text(WAITING[when])
             env["PYTHONPATH"] = str(folder)
         process = subprocess.Popen(
             command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        if when == "imports":
-            assert process.stdout.readline() == "importing\n"
+        if when in WAITING:
+            assert process.stdout.readline() == "waiting\n"
         while when == "training" and not (folder / "out" / "metrics.jsonl").exists():
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.02)
@@ -253,8 +268,8 @@ def interrupted(standins, tmp_path_factory):
 @pytest.mark.parametrize(("step", "when"), INTERRUPTED)
 def test_interrupted_process_leaves_with_130_and_no_traceback(step, when, interrupted):
     code, errors, out_dir = interrupted[step, when].result()
-    assert code == 130
-    assert "Traceback" not in errors
+    assert code in (130, -signal.SIGINT)  # a shell reports both as 130
+    assert not errors
     assert out_dir.exists() == (when == "training")
     if when == "training":
         assert finite_records(out_dir)
