@@ -3,11 +3,11 @@
 Parent:  none
 
 A teacher, the line y = wx + b, generates the examples and adds Gaussian noise. No model can predict
-the noise, so the lowest loss to expect is known in advance: the noise variance (up to a sampling
-error of about 0.5%). Watch minibatch gradient descent bring the training loss down to it.
+the noise, so the lowest loss to expect is known in advance: the noise variance (with a standard
+error of 0.45%). Watch stochastic gradient descent (SGD) bring the training loss down to it.
 
 Try:     --learning_rate 1.1 (it diverges: why?)
-         --batch_size 1 (it gets close, but keeps fluctuating: why?)
+         --batch_size 1 --learning_rate 0.1 (it gets close, but keeps fluctuating: why?)
 Source:  Robbins and Monro 1951, "A stochastic approximation method".
 """
 
@@ -106,9 +106,9 @@ def train(args):
             record["param_error"] = max(abs(params[k] - teacher[k]).max().item() for k in params)
             log_metrics(args, record)
             if iter_num == args.max_iters:
-                break
+                break  # the last pass only evaluates
 
-        # A minibatch gives an unbiased estimate of the full gradient, at a fraction of its cost.
+        # Random minibatches give unbiased estimates of the full gradient at a fraction of its cost.
         x, y = next(batches)
         y_hat = forward(params, x)
         loss = loss_fn(y_hat, y)

@@ -37,7 +37,7 @@ def load_data(args, rng):
     teacher = {"w": rng.normal(scale=3), "b": rng.normal(scale=3)}
     x = rng.normal(size=args.n_examples)
     y = forward(teacher, x) + rng.normal(scale=args.noise, size=args.n_examples)
-    return torch.from_numpy(x).float(), torch.from_numpy(y).float(), teacher
+    return torch.from_numpy(x).float(), torch.from_numpy(y).float(), teacher  # float32 as params
 
 
 def minibatches(x, y, batch_size, rng):
@@ -98,9 +98,9 @@ def train(args):
             record["param_error"] = max(abs(params[k] - teacher[k]).max().item() for k in params)
             log_metrics(args, record)
             if iter_num == args.max_iters:
-                break
+                break  # the last pass only evaluates
 
-        # A minibatch gives an unbiased estimate of the full gradient, at a fraction of its cost.
+        # Random minibatches give unbiased estimates of the full gradient at a fraction of its cost.
         x, y = next(batches)
         y_hat = forward(params, x)
         loss = loss_fn(y_hat, y)

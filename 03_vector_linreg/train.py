@@ -7,8 +7,8 @@ An example is now a vector x with one weight per input, and the product w x beco
 The loss, the gradients from autograd and the update stay as they are, and so does the noise, and
 with it the lowest loss to expect.
 
-Try:     --learning_rate 0.5, then the same with --n_inputs 200. It diverges, because a minibatch's
-         gradient is noisier, the more inputs there are. Does --batch_size 1000 help?
+Try:     --learning_rate 0.5, then the same with --n_inputs 200 (it diverges: the variance of the
+         gradient grows with n_inputs / batch_size), then also with --batch_size 1000
 Source:  Widrow and Hoff 1960, "Adaptive switching circuits".
 """
 
@@ -38,7 +38,7 @@ def load_data(args, rng):
     x = rng.normal(size=(args.n_examples, args.n_inputs))
     y = forward(teacher, x) + rng.normal(scale=args.noise, size=args.n_examples)
     teacher = {name: torch.tensor(value) for name, value in teacher.items()}
-    return torch.from_numpy(x).float(), torch.from_numpy(y).float(), teacher
+    return torch.from_numpy(x).float(), torch.from_numpy(y).float(), teacher  # float32 as params
 
 
 def minibatches(x, y, batch_size, rng):
@@ -52,7 +52,7 @@ def minibatches(x, y, batch_size, rng):
 
 # ---------- model ----------
 def init_params(args):
-    """Return the initial parameters: the plane y = 0."""
+    """Return the initial parameters: the hyperplane y = 0."""
     shapes = {"w": (args.n_inputs,), "b": ()}
     # requires_grad: record the operations on these tensors, so that backward can differentiate.
     return {name: torch.zeros(shape, requires_grad=True) for name, shape in shapes.items()}
@@ -100,9 +100,9 @@ def train(args):
             record["param_error"] = max(abs(params[k] - teacher[k]).max().item() for k in params)
             log_metrics(args, record)
             if iter_num == args.max_iters:
-                break
+                break  # the last pass only evaluates
 
-        # A minibatch gives an unbiased estimate of the full gradient, at a fraction of its cost.
+        # Random minibatches give unbiased estimates of the full gradient at a fraction of its cost.
         x, y = next(batches)
         y_hat = forward(params, x)
         loss = loss_fn(y_hat, y)

@@ -4,12 +4,12 @@ Parent:  03_vector_linreg
 New:     log_softmax
 Changed: load_data, init_params, forward, loss_fn, train, parse_args
 
-The model gives each class a score (logit), and softmax turns the scores z into probabilities p. The
-most likely parameters are those that give the labels the highest probability, so the loss is the
-mean negative log-likelihood, in nats. Its gradient is short, dL/dz = (p - onehot(y)) / B: what the
-label lacks to probability 1, every other class has too much. The labels are sampled from the
-teacher's own probabilities, so the lowest loss to expect is the entropy of the teacher. (Parameters
-are not compared: softmax is the same when a constant is added to all logits.)
+The model gives each class a score (logit), and softmax turns the scores z into probabilities p. By
+maximum likelihood, the best parameters give the labels the highest probability, so the loss is the
+mean negative log-likelihood (cross-entropy), in nats. Its gradient is the error in probability,
+dL/dz = (p - onehot(y)) / B. The labels are sampled from the teacher's own probabilities, so the
+lowest loss to expect is the entropy of the teacher. (Parameters are not compared: softmax is the
+same when a constant is added to all logits.)
 
 Try:     --n_classes 2 (what is this model's classical name?)
          --learning_rate 100 (worse, but never infinite: why?)
@@ -111,9 +111,9 @@ def train(args):
             record["entropy"] = entropy
             log_metrics(args, record)
             if iter_num == args.max_iters:
-                break
+                break  # the last pass only evaluates
 
-        # A minibatch gives an unbiased estimate of the full gradient, at a fraction of its cost.
+        # Random minibatches give unbiased estimates of the full gradient at a fraction of its cost.
         x, y = next(batches)
         logits = forward(params, x)
         loss = loss_fn(logits, y)

@@ -14,13 +14,12 @@ matplotlib.use("Agg")  # draws into files, without a display
 import matplotlib.pyplot as plt
 
 TITLE = "Step 06: multilayer perceptron with torch.nn"
-# For each panel: its axes, the metrics drawn as curves, and dashed references (label: metric or
-# number).
+# Per panel: axes, metrics drawn as curves, dashed references (label: metric or number).
 PANELS = [
     {
         "axes": {"ylabel": "loss (nats)"},
         "curves": ["train_loss"],
-        "references": {"best linear model": "linear_loss", "entropy of the teacher": "entropy"},
+        "references": {"linear model": "linear_loss", "entropy of the teacher": "entropy"},
     },
 ]
 

@@ -5,10 +5,10 @@ New:     MLP
 Changed: load_data, minibatches, train
 Gone:    init_params, relu, forward, log_softmax, loss_fn
 
-PyTorch has a counterpart for everything written by hand so far: nn.Module, F.cross_entropy,
-torch.optim.SGD, DataLoader. The initialization stays step 05's; only the random numbers differ.
+PyTorch brings all of it: nn.Module, torch.optim.SGD, DataLoader, and F.cross_entropy (log_softmax
+and negative log-likelihood in one). The initialization stays step 05's; the random numbers differ.
 
-Try:     remove the loops over nn.init (with PyTorch's own initialization the output is not 0)
+Try:     remove the loops over nn.init (the first loss is no longer log(10): why?)
 Source:  Paszke et al. 2019, "PyTorch: an imperative style, high-performance deep learning library".
 """
 
@@ -67,7 +67,7 @@ class MLP(nn.Module):
         for param in self.parameters():
             nn.init.zeros_(param)
         for layer in self.hidden:
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")  # variance 2 / n_in
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")  # variance 2 / fan_in
 
     def forward(self, x):
         for layer in self.hidden:
@@ -110,9 +110,9 @@ def train(args):
             record["entropy"] = entropy
             log_metrics(args, record)
             if iter_num == args.max_iters:
-                break
+                break  # the last pass only evaluates
 
-        # A minibatch gives an unbiased estimate of the full gradient, at a fraction of its cost.
+        # Random minibatches give unbiased estimates of the full gradient at a fraction of its cost.
         x, y = next(batches)
         logits = model(x)
         loss = F.cross_entropy(logits, y)
@@ -123,8 +123,8 @@ def train(args):
         optimizer.step()
 
     print(f"train_loss {record['train_loss']:.5g}, entropy of the teacher {entropy:.5g}")
-    gaps = [record[name] - entropy for name in ("linear_loss", "train_loss")]
-    print(f"linear_loss {record['linear_loss']:.5g}, {gaps[0] / gaps[1]:.1f} times as far from it")
+    gaps = [record[name] - entropy for name in ("train_loss", "linear_loss")]
+    print(f"gap to the entropy: {gaps[0]:.4f}, with step 04's linear model {gaps[1]:.4f}")
     print(f"picture: {plot_run(args.out_dir)}")
     return record
 

@@ -4,12 +4,12 @@ Parent:  06_mlp_nn
 New:     evaluate
 Changed: load_data, train, parse_args
 
-Real data, and with them the question that matters: how well does the model classify images that it
-was not trained on? Every evaluation measures loss and accuracy on training and on test images. The
-training loss goes to 0, while the test loss soon rises again: the model overfits. The gap between
-the two curves is what regularization, more data and better architectures narrow.
+Real data, and with them the question that matters: does the model generalize, that is, classify
+images that it was not trained on? Every evaluation measures loss and accuracy on training and on
+test images. The training loss goes to 0, while the test loss stops falling: the model overfits. The
+gap between the two curves is what regularization, more data and better architectures narrow.
 
-Try:     --n_hidden 30 (which gap is smaller, and at what cost?), --n_layer 0 (step 04 on digits)
+Try:     --n_hidden 30 (is the gap smaller, and at what cost?), --n_layer 0 (step 04 on digits)
 Source:  LeCun et al. 1998, "Gradient-based learning applied to document recognition".
 """
 
@@ -53,7 +53,7 @@ def load_data(args):
             ) from error
         datasets.append(dataset)
     pixels = [dataset.data.flatten(1) / 255 for dataset in datasets]  # (N, 784), 0 to 1
-    # Inputs of mean 0 and variance 1, as the initialization assumes. The test images have no say.
+    # Mean 0 and variance 1, the scale that the initialization preserves; from training images only.
     mean, std = pixels[0].mean(), pixels[0].std()
     return [TensorDataset((x - mean) / std, d.targets) for x, d in zip(pixels, datasets)]
 
@@ -77,7 +77,7 @@ class MLP(nn.Module):
         for param in self.parameters():
             nn.init.zeros_(param)
         for layer in self.hidden:
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")  # variance 2 / n_in
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")  # variance 2 / fan_in
 
     def forward(self, x):
         for layer in self.hidden:
@@ -111,7 +111,7 @@ def train(args):
     start = time.perf_counter()
     torch.manual_seed(args.seed)
     train_set, test_set = load_data(args)
-    train_eval = TensorDataset(*train_set[: len(test_set)])  # as many images as are tested
+    train_eval = TensorDataset(*train_set[: len(test_set)])  # as many images as the test set has
     batches = minibatches(train_set, args.batch_size)
     model = MLP(28 * 28, args.n_hidden, args.n_layer, 10)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.learning_rate)
@@ -126,9 +126,9 @@ def train(args):
             record |= evaluate(model, train_eval, "train") | evaluate(model, test_set, "test")
             log_metrics(args, record)
             if iter_num == args.max_iters:
-                break
+                break  # the last pass only evaluates
 
-        # A minibatch gives an unbiased estimate of the full gradient, at a fraction of its cost.
+        # Random minibatches give unbiased estimates of the full gradient at a fraction of its cost.
         x, y = next(batches)
         logits = model(x)
         loss = F.cross_entropy(logits, y)

@@ -4,18 +4,20 @@ Parent:  07_mnist_mlp
 New:     OptaxOptimizer
 Changed: train, parse_args
 
-Adam scales the update of each parameter by the recent size of its gradients g:
+Adam divides each parameter's update by the recent magnitude of its gradients g, so that every
+parameter moves by about lr per update:
 
-    m = b1 m + (1 - b1) g                   first moment: a running mean of the gradients
-    v = b2 v + (1 - b2) g^2                 second moment: a running mean of their squares
-    m_hat = m / (1 - b1^t)                  bias correction at update t, because both means
+    m = b1 m + (1 - b1) g                   first moment: an exponential moving average of g
+    v = b2 v + (1 - b2) g^2                 second moment: the same of g^2
+    m_hat = m / (1 - b1^t)                  bias correction at update t: both averages
     v_hat = v / (1 - b2^t)                  start at zero
     w = w - lr m_hat / (sqrt(v_hat) + eps)  with b1 = 0.9, b2 = 0.999, eps = 1e-8
 
 The learning rate lr rises linearly (warm-up) while the moments are still poor estimates, then falls
-along a cosine to zero, so that the noise of the minibatches averages out.
+along a cosine to zero, so that the noise of the minibatches averages out. (torch.optim.Adam is the
+same algorithm; in optax an optimizer is a pure function, which the class below applies.)
 
-Try:     --learning_rate 0.2 (SGD was fine with it: why is it too much for Adam?), --warmup_iters 0
+Try:     --learning_rate 0.2 (SGD's; follow the printed loss: why is it too much for Adam?)
 Source:  Kingma and Ba 2015, "Adam: a method for stochastic optimization"; Loshchilov and Hutter
          2017, "SGDR: stochastic gradient descent with warm restarts" (the cosine).
 """
@@ -62,7 +64,7 @@ def load_data(args):
             ) from error
         datasets.append(dataset)
     pixels = [dataset.data.flatten(1) / 255 for dataset in datasets]  # (N, 784), 0 to 1
-    # Inputs of mean 0 and variance 1, as the initialization assumes. The test images have no say.
+    # Mean 0 and variance 1, the scale that the initialization preserves; from training images only.
     mean, std = pixels[0].mean(), pixels[0].std()
     return [TensorDataset((x - mean) / std, d.targets) for x, d in zip(pixels, datasets)]
 
@@ -86,7 +88,7 @@ class MLP(nn.Module):
         for param in self.parameters():
             nn.init.zeros_(param)
         for layer in self.hidden:
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")  # variance 2 / n_in
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")  # variance 2 / fan_in
 
     def forward(self, x):
         for layer in self.hidden:
@@ -96,10 +98,10 @@ class MLP(nn.Module):
 
 # ---------- optimizer ----------
 class OptaxOptimizer:
-    """Updates torch parameters on the CPU by tx, any gradient transformation of optax.
+    """Updates torch parameters on the CPU with tx, any gradient transformation of optax.
 
     An optax optimizer is a pure function: gradients and state (Adam's t, m, v) go in, updates and
-    the next state come out. dlpack passes arrays between torch and JAX by address, without a copy.
+    the next state come out. jax.jit compiles this; dlpack shares arrays between torch and JAX.
     """
 
     def __init__(self, params, tx):
@@ -121,7 +123,7 @@ class OptaxOptimizer:
         params = [jax.dlpack.from_dlpack(p.detach()) for p in self.params]
         grads = [jax.dlpack.from_dlpack(p.grad) for p in self.params]
         params, self.state = self.update(params, grads, self.state)
-        for p, new in zip(self.params, jax.block_until_ready(params)):
+        for p, new in zip(self.params, jax.block_until_ready(params)):  # JAX is asynchronous
             p.data = torch.from_dlpack(new)
 
 
@@ -151,7 +153,7 @@ def train(args):
     start = time.perf_counter()
     torch.manual_seed(args.seed)
     train_set, test_set = load_data(args)
-    train_eval = TensorDataset(*train_set[: len(test_set)])  # as many images as are tested
+    train_eval = TensorDataset(*train_set[: len(test_set)])  # as many images as the test set has
     batches = minibatches(train_set, args.batch_size)
     model = MLP(28 * 28, args.n_hidden, args.n_layer, 10)
     warmup = min(args.warmup_iters, args.max_iters - 1)
@@ -169,9 +171,9 @@ def train(args):
             record |= evaluate(model, train_eval, "train") | evaluate(model, test_set, "test")
             log_metrics(args, record)
             if iter_num == args.max_iters:
-                break
+                break  # the last pass only evaluates
 
-        # A minibatch gives an unbiased estimate of the full gradient, at a fraction of its cost.
+        # Random minibatches give unbiased estimates of the full gradient at a fraction of its cost.
         x, y = next(batches)
         logits = model(x)
         loss = F.cross_entropy(logits, y)
@@ -213,8 +215,8 @@ def parse_args(argv=None):
     flag("--n_layer", type=number(int, 0), default=2, help="number of hidden layers")
     flag("--n_hidden", type=number(int, 1), default=800, help="units per hidden layer")
     flag = parser.add_argument_group("optimizer").add_argument
-    flag("--learning_rate", type=number(float, 0), default=1e-3, help="peak of the schedule")
-    flag("--warmup_iters", type=number(int, 0), default=200, help="updates of linear warm-up")
+    flag("--learning_rate", type=number(float, 0), default=2e-3, help="peak; usually 1e-4 to 1e-2")
+    flag("--warmup_iters", type=number(int, 0), default=200, help="linear warm-up; usually 1-10%%")
     flag("--max_iters", type=number(int, 1), default=5000, help="number of parameter updates")
     flag = parser.add_argument_group("logging").add_argument
     flag("--eval_interval", type=number(int, 1), default=500, help="iterations between evaluations")

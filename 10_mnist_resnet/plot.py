@@ -14,8 +14,7 @@ matplotlib.use("Agg")  # draws into files, without a display
 import matplotlib.pyplot as plt
 
 TITLE = "Step 10: residual network on MNIST"
-# For each panel: its axes, the metrics drawn as curves, and dashed references (label: metric or
-# number).
+# Per panel: axes, metrics drawn as curves, dashed references (label: metric or number).
 PANELS = [
     {
         "axes": {"ylabel": "loss (nats)", "ylim": (0, 0.1)},
@@ -25,7 +24,7 @@ PANELS = [
     {
         "axes": {"ylabel": "accuracy (fraction)", "ylim": (0.985, 1.0005)},
         "curves": ["train_accuracy", "test_accuracy"],
-        "references": {"best single convnet (Ciresan et al. 2011)": 0.9965},
+        "references": {"best convnet of 2011 (Ciresan et al.)": 0.9965},
     },
 ]
 

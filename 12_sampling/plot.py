@@ -14,8 +14,7 @@ matplotlib.use("Agg")  # draws into files, without a display
 import matplotlib.pyplot as plt
 
 TITLE = "Step 12: feed-forward language model on tiny Shakespeare, with samples"
-# For each panel: its axes, the metrics drawn as curves, and dashed references (label: metric or
-# number).
+# Per panel: axes, metrics drawn as curves, dashed references (label: metric or number).
 PANELS = [
     {
         "axes": {"ylabel": "loss (nats per word)", "ylim": (3.5, 5.75)},

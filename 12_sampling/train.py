@@ -1,4 +1,4 @@
-"""Step 12: the model writes.
+"""Step 12: text generation by sampling from the model.
 
 Parent:  11_shakespeare_ffn
 New:     join_words, generate, sample, log_sample
@@ -98,10 +98,8 @@ def load_data(args):
     counts = Counter(train_words)
     vocab = ["<unk>", *sorted(word for word in counts if counts[word] >= 2)]
     if len(train_words) <= args.block_size or not test_words or len(vocab) == 1:
-        raise argparse.ArgumentTypeError(
-            f"--input: {len(train_words)} training and {len(test_words)} test words, {len(vocab)} "
-            f"in the vocabulary: too few for --block_size {args.block_size}"
-        )
+        sizes = f"--input: {len(train_words)} training, {len(test_words)} test, {len(vocab)} known words"
+        raise argparse.ArgumentTypeError(f"{sizes}, too few for --block_size {args.block_size}")
     train_ids, test_ids = encode(train_words, vocab), encode(test_words, vocab)
     # The context of the first test words is the end of the training text: each is scored once.
     return train_ids, torch.cat([train_ids[-args.block_size :], test_ids]), vocab
@@ -115,23 +113,21 @@ def minibatches(dataset, batch_size):
 
 
 # ---------- model ----------
+# B batch, T words, C n_embd, H n_hidden, V vocab_size
 class WordMLP(nn.Module):
-    """Maps x (B, T) to logits (B, V): the T words' embeddings, concatenated, and a hidden layer.
-
-    B batch, T block_size, C n_embd, H n_hidden, V vocab_size
-    """
+    """Maps x (B, T) to logits (B, V): the T words' embeddings, concatenated, and a hidden layer."""
 
     def __init__(self, args, vocab_size):
         super().__init__()
         self.wte = nn.Embedding(vocab_size, args.n_embd)
         self.c_fc = nn.Linear(args.block_size * args.n_embd, args.n_hidden)
-        self.ln_1 = nn.LayerNorm(args.n_hidden)
+        self.ln_1 = nn.LayerNorm(args.n_hidden)  # normalizes each example over its units
         self.c_proj = nn.Linear(args.n_hidden, args.n_embd)
         self.ln_f = nn.LayerNorm(args.n_embd)
         self.lm_head = nn.Linear(args.n_embd, vocab_size)
         self.dropout = nn.Dropout(args.dropout)  # zeroes this fraction of its input in training
-        nn.init.normal_(self.wte.weight, std=0.05)
-        self.lm_head.weight = self.wte.weight  # weight tying: a word's logit is a dot product
+        nn.init.normal_(self.wte.weight, std=0.05)  # with torch's std of 1, logits would be large
+        self.lm_head.weight = self.wte.weight  # weight tying: logit = x . embedding + bias
 
     def forward(self, x):
         x = self.dropout(self.wte(x)).flatten(1)  # (B, T * C)
@@ -142,10 +138,10 @@ class WordMLP(nn.Module):
 
 # ---------- optimizer ----------
 class OptaxOptimizer:
-    """Updates torch parameters on the CPU by tx, any gradient transformation of optax.
+    """Updates torch parameters on the CPU with tx, any gradient transformation of optax.
 
     An optax optimizer is a pure function: gradients and state (Adam's t, m, v) go in, updates and
-    the next state come out. dlpack passes arrays between torch and JAX by address, without a copy.
+    the next state come out. jax.jit compiles this; dlpack shares arrays between torch and JAX.
     """
 
     def __init__(self, params, tx):
@@ -167,7 +163,7 @@ class OptaxOptimizer:
         params = [jax.dlpack.from_dlpack(p.detach()) for p in self.params]
         grads = [jax.dlpack.from_dlpack(p.grad) for p in self.params]
         params, self.state = self.update(params, grads, self.state)
-        for p, new in zip(self.params, jax.block_until_ready(params)):
+        for p, new in zip(self.params, jax.block_until_ready(params)):  # JAX is asynchronous
             p.data = torch.from_dlpack(new)
 
 
@@ -232,7 +228,7 @@ def train(args):
     torch.manual_seed(args.seed)
     train_ids, test_ids, vocab = load_data(args)
     train_set, test_set = (windows(ids, args.block_size) for ids in (train_ids, test_ids))
-    train_eval = TensorDataset(*train_set[: len(test_set)])  # as many words as are tested
+    train_eval = TensorDataset(*train_set[: len(test_set)])  # as many words as the test set has
     batches = minibatches(train_set, args.batch_size)
     model = WordMLP(args, len(vocab))
     # The output bias starts at the log unigram frequencies: they need not be learned.
@@ -240,7 +236,7 @@ def train(args):
     model.lm_head.bias.data = torch.log(counts / counts.sum())
     warmup = min(args.warmup_iters, args.max_iters - 1)
     schedule = optax.warmup_cosine_decay_schedule(0, args.learning_rate, warmup, args.max_iters)
-    # AdamW subtracts lr * weight_decay * w from the matrices, apart from the scaled gradient.
+    # AdamW: matrices shrink by lr * weight_decay * w, outside of Adam's moments. b2: a short run.
     matrices = [p.ndim == 2 for p in model.parameters()]
     tx = optax.adamw(schedule, b2=0.99, weight_decay=args.weight_decay, mask=matrices)
     optimizer = OptaxOptimizer(model.parameters(), tx)
@@ -257,9 +253,9 @@ def train(args):
             log_metrics(args, record)
             log_sample(args, record, sample(args, model, vocab))
             if iter_num == args.max_iters:
-                break
+                break  # the last pass only evaluates
 
-        # A minibatch gives an unbiased estimate of the full gradient, at a fraction of its cost.
+        # Random minibatches give unbiased estimates of the full gradient at a fraction of its cost.
         x, y = next(batches)
         logits = model(x)
         loss = F.cross_entropy(logits, y)
@@ -297,20 +293,20 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("data").add_argument
     data_dir = os.environ.get("DATA_DIR", Path(__file__).parents[1] / "data")
     flag("--data_dir", type=Path, default=data_dir, help="directory with shakespeare/input.txt")
-    flag("--input", type=Path, help="a UTF-8 text to train on instead")
+    flag("--input", type=Path, help="UTF-8 text file to train on instead of tiny Shakespeare")
     flag("--batch_size", type=number(int, 1), default=512, help="windows per minibatch")
     flag = parser.add_argument_group("model").add_argument
     flag("--block_size", type=number(int, 1), default=8, help="words of context")
     flag("--n_embd", type=number(int, 1), default=128, help="size of an embedding")
     flag("--n_hidden", type=number(int, 1), default=512, help="units of the hidden layer")
-    flag("--dropout", type=number(float, 0, 0.99), default=0.45, help="fraction of units zeroed")
+    flag("--dropout", type=number(float, 0, 0.99), default=0.45, help="usually 0 to 0.5")
     flag = parser.add_argument_group("optimizer").add_argument
-    flag("--learning_rate", type=number(float, 0), default=2e-3, help="peak of the schedule")
-    flag("--warmup_iters", type=number(int, 0), default=300, help="updates of linear warm-up")
-    flag("--weight_decay", type=number(float, 0), default=0.5, help="of matrices; often 0.1")
+    flag("--learning_rate", type=number(float, 0), default=2e-3, help="peak; usually 1e-4 to 1e-2")
+    flag("--warmup_iters", type=number(int, 0), default=300, help="linear warm-up; usually 1-10%%")
+    flag("--weight_decay", type=number(float, 0), default=0.5, help="of matrices; usually 0.01-0.5")
     flag("--max_iters", type=number(int, 1), default=3500, help="number of parameter updates")
     flag = parser.add_argument_group("sampling").add_argument
-    flag("--prompt", default="\n", help="start of the samples; unknown words become <unk>")
+    flag("--prompt", default="\n", help="start of the samples, by default a newline")
     flag("--max_new_tokens", type=number(int, 0), default=100, help="words per sample")
     flag("--temperature", type=number(float, 1e-6), default=0.8, help="usually 0.5 to 1")
     flag("--top_k", type=number(int, 0), default=40, help="sample from the k most likely; 0: all")

@@ -6,11 +6,12 @@ Changed: windows, load_data, evaluate, generate, sample, train, parse_args
 Gone:    WordMLP
 
 T words in, T next words out: each position predicts the word after it, so one pass gives T training
-signals. In attention a position takes a weighted mean over the positions before it, with weights
-computed from the words themselves: four times step 11's context needs no more parameters per layer.
-A minibatch of 16 windows has as many targets as step 11's 512; this model needs less dropout.
+signals. In self-attention a position takes a weighted mean over itself and the positions before it,
+with weights computed from the words themselves: a longer context adds no parameters to a block. A
+minibatch of 16 windows has as many targets as step 11's 512; this model needs less dropout.
 
-Try:     --n_layer 1, or --block_size 8 --eval_stride 4 (what do depth and context give?)
+Try:     --n_layer 1 (what does depth give?)
+         --block_size 8 --eval_stride 4 --batch_size 64 (what does context give?)
 Source:  Vaswani et al. 2017, "Attention is all you need"; Radford et al. 2019, "Language models are
          unsupervised multitask learners" (GPT-2, whose names and normalization these are).
 """
@@ -97,10 +98,8 @@ def load_data(args):
     counts = Counter(train_words)
     vocab = ["<unk>", *sorted(word for word in counts if counts[word] >= 2)]
     if len(train_words) <= args.block_size or not test_words or len(vocab) == 1:
-        raise argparse.ArgumentTypeError(
-            f"--input: {len(train_words)} training and {len(test_words)} test words, {len(vocab)} "
-            f"in the vocabulary: too few for --block_size {args.block_size}"
-        )
+        sizes = f"--input: {len(train_words)} training, {len(test_words)} test, {len(vocab)} known words"
+        raise argparse.ArgumentTypeError(f"{sizes}, too few for --block_size {args.block_size}")
     train_ids, test_ids = encode(train_words, vocab), encode(test_words, vocab)
     # The context of the first test words is the end of the training text: each is scored once.
     context = args.block_size - args.eval_stride + 1
@@ -119,9 +118,9 @@ def minibatches(dataset, batch_size):
 class CausalSelfAttention(nn.Module):
     """Each position attends to itself and to the positions before it, (B, T, C) to (B, T, C).
 
-    Linear maps give each position a query q, a key k and a value v. The dot product of a query and
-    a key scores how relevant that position is; softmax turns the scores into the weights of a mean
-    over the values. Each of H heads has its own, so that a position can attend to several others.
+    Linear maps give each position a query q, a key k and a value v. The dot product of one's query
+    with another's key scores how relevant the other is; softmax turns the scores into weights of a
+    mean over the values. Each of H heads has its own q, k, v: a position can attend in H ways.
     """
 
     def __init__(self, args):
@@ -134,7 +133,7 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
-        # A dot product of D terms has standard deviation sqrt(D): divide, or softmax saturates.
+        # If q and k have variance 1, q . k has variance D: divide by sqrt(D), or softmax saturates.
         scores = q @ k.mT / math.sqrt(C // self.n_head)  # (B, H, T, T)
         mask = torch.ones(T, T, dtype=torch.bool).tril()  # position t sees positions 0 to t
         y = scores.masked_fill(~mask, -math.inf).softmax(dim=3) @ v  # (B, H, T, D)
@@ -180,12 +179,12 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(args.n_embd)
         self.lm_head = nn.Linear(args.n_embd, vocab_size)
         self.dropout = nn.Dropout(args.dropout)  # zeroes this fraction of its input in training
-        nn.init.normal_(self.wte.weight, std=0.05)
+        nn.init.normal_(self.wte.weight, std=0.05)  # with torch's std of 1, logits would be large
         nn.init.normal_(self.wpe.weight, std=0.05)
         for name, p in self.h.named_parameters():
             if name.endswith("c_proj.weight"):  # the 2 n_layer residuals add up: start them small
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * args.n_layer))
-        self.lm_head.weight = self.wte.weight  # weight tying: a word's logit is a dot product
+        self.lm_head.weight = self.wte.weight  # weight tying: logit = x . embedding + bias
 
     def forward(self, x):
         # A weighted mean ignores order: the position embeddings wpe say where each word stands.
@@ -196,10 +195,10 @@ class GPT(nn.Module):
 
 # ---------- optimizer ----------
 class OptaxOptimizer:
-    """Updates torch parameters on the CPU by tx, any gradient transformation of optax.
+    """Updates torch parameters on the CPU with tx, any gradient transformation of optax.
 
     An optax optimizer is a pure function: gradients and state (Adam's t, m, v) go in, updates and
-    the next state come out. dlpack passes arrays between torch and JAX by address, without a copy.
+    the next state come out. jax.jit compiles this; dlpack shares arrays between torch and JAX.
     """
 
     def __init__(self, params, tx):
@@ -221,7 +220,7 @@ class OptaxOptimizer:
         params = [jax.dlpack.from_dlpack(p.detach()) for p in self.params]
         grads = [jax.dlpack.from_dlpack(p.grad) for p in self.params]
         params, self.state = self.update(params, grads, self.state)
-        for p, new in zip(self.params, jax.block_until_ready(params)):
+        for p, new in zip(self.params, jax.block_until_ready(params)):  # JAX is asynchronous
             p.data = torch.from_dlpack(new)
 
 
@@ -231,12 +230,12 @@ def evaluate(args, model, ids, name):
     """Return {name}_loss, the mean loss in nats per word: sliding-window evaluation.
 
     A window's first words have little context. So windows start eval_stride words apart and count
-    only their last eval_stride targets: every word once, after at least T - eval_stride + 1 words.
+    only their last eval_stride targets, each after T - eval_stride + 1 words of context or more.
     """
     model.eval()  # no dropout
     ids = F.pad(ids, (0, args.eval_stride), value=-100)  # cross_entropy's ignore_index
     chunks = ids.unfold(0, args.block_size + 1, args.eval_stride)  # (N, T + 1)
-    inputs, targets = chunks[:, :-1].clamp(min=0), chunks[:, 1:].clone()
+    inputs, targets = chunks[:, :-1].clamp(min=0), chunks[:, 1:].clone()  # the windows overlap
     targets[:, : -args.eval_stride] = -100
     loss = 0.0
     for x, y in zip(inputs.split(16), targets.split(16)):
@@ -292,7 +291,7 @@ def train(args):
     start = time.perf_counter()
     torch.manual_seed(args.seed)
     train_ids, test_ids, vocab = load_data(args)
-    train_eval = train_ids[: len(test_ids)]  # as many words as are tested
+    train_eval = train_ids[: len(test_ids)]  # as many words as the test set has
     batches = minibatches(windows(train_ids, args.block_size), args.batch_size)
     model = GPT(args, len(vocab))
     # The output bias starts at the log unigram frequencies: they need not be learned.
@@ -300,7 +299,7 @@ def train(args):
     model.lm_head.bias.data = torch.log(counts / counts.sum())
     warmup = min(args.warmup_iters, args.max_iters - 1)
     schedule = optax.warmup_cosine_decay_schedule(0, args.learning_rate, warmup, args.max_iters)
-    # AdamW subtracts lr * weight_decay * w from the matrices, apart from the scaled gradient.
+    # AdamW: matrices shrink by lr * weight_decay * w, outside of Adam's moments. b2: a short run.
     matrices = [p.ndim == 2 for p in model.parameters()]
     tx = optax.adamw(schedule, b2=0.99, weight_decay=args.weight_decay, mask=matrices)
     optimizer = OptaxOptimizer(model.parameters(), tx)
@@ -318,9 +317,9 @@ def train(args):
             log_metrics(args, record)
             log_sample(args, record, sample(args, model, vocab))
             if iter_num == args.max_iters:
-                break
+                break  # the last pass only evaluates
 
-        # A minibatch gives an unbiased estimate of the full gradient, at a fraction of its cost.
+        # Random minibatches give unbiased estimates of the full gradient at a fraction of its cost.
         x, y = next(batches)
         logits = model(x)
         loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())  # the mean over B * T words
@@ -358,26 +357,26 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("data").add_argument
     data_dir = os.environ.get("DATA_DIR", Path(__file__).parents[1] / "data")
     flag("--data_dir", type=Path, default=data_dir, help="directory with shakespeare/input.txt")
-    flag("--input", type=Path, help="a UTF-8 text to train on instead")
+    flag("--input", type=Path, help="UTF-8 text file to train on instead of tiny Shakespeare")
     flag("--batch_size", type=number(int, 1), default=16, help="windows per minibatch")
     flag = parser.add_argument_group("model").add_argument
     flag("--block_size", type=number(int, 1), default=32, help="words of context")
     flag("--n_layer", type=number(int, 1), default=2, help="number of blocks")
     flag("--n_head", type=number(int, 1), default=4, help="attention heads; divides n_embd")
     flag("--n_embd", type=number(int, 1), default=128, help="size of an embedding")
-    flag("--dropout", type=number(float, 0, 0.99), default=0.2, help="fraction of units zeroed")
+    flag("--dropout", type=number(float, 0, 0.99), default=0.2, help="usually 0 to 0.5")
     flag = parser.add_argument_group("optimizer").add_argument
-    flag("--learning_rate", type=number(float, 0), default=2e-3, help="peak of the schedule")
-    flag("--warmup_iters", type=number(int, 0), default=300, help="updates of linear warm-up")
-    flag("--weight_decay", type=number(float, 0), default=0.5, help="of matrices; often 0.1")
+    flag("--learning_rate", type=number(float, 0), default=2e-3, help="peak; usually 1e-4 to 1e-2")
+    flag("--warmup_iters", type=number(int, 0), default=300, help="linear warm-up; usually 1-10%%")
+    flag("--weight_decay", type=number(float, 0), default=0.5, help="of matrices; usually 0.01-0.5")
     flag("--max_iters", type=number(int, 1), default=3500, help="number of parameter updates")
     flag = parser.add_argument_group("sampling").add_argument
-    flag("--prompt", default="\n", help="start of the samples; unknown words become <unk>")
+    flag("--prompt", default="\n", help="start of the samples, by default a newline")
     flag("--max_new_tokens", type=number(int, 0), default=100, help="words per sample")
     flag("--temperature", type=number(float, 1e-6), default=0.8, help="usually 0.5 to 1")
     flag("--top_k", type=number(int, 0), default=40, help="sample from the k most likely; 0: all")
     flag = parser.add_argument_group("logging").add_argument
-    flag("--eval_stride", type=number(int, 1), default=16, help="words between test windows")
+    flag("--eval_stride", type=number(int, 1), default=16, help="words between evaluation windows")
     flag("--eval_interval", type=number(int, 1), default=500, help="iterations between evaluations")
     flag("--out_dir", type=Path, default=Path(__file__).parent / "out", help="output directory")
     flag = parser.add_argument_group("system").add_argument
