@@ -14,8 +14,7 @@ matplotlib.use("Agg")  # draws into files, without a display
 import matplotlib.pyplot as plt
 
 TITLE = "Step 16: GPT on the characters of Tiny Shakespeare"
-# For each panel: its axes, the metrics drawn as curves, and dashed references (label: metric or
-# number).
+# Per panel: axes, metrics drawn as curves, dashed references (label: metric or number).
 PANELS = [
     {
         "axes": {"ylabel": "loss (nats per character)", "ylim": (1.3, 2.8)},

@@ -1,7 +1,7 @@
-"""Draw the curves of finished runs: python plot.py RUN [RUN ...]
+"""Plot the metrics of finished runs: python plot.py RUN [RUN ...]
 
-A RUN is an out_dir with its metrics.jsonl. One run is drawn into its own loss.png, several are
-compared in compare.png in the current folder.
+A RUN is the out_dir of a run, with its metrics.jsonl. One run is plotted into its own loss.png,
+several are compared in compare.png in the current directory.
 """
 
 import json
@@ -10,12 +10,18 @@ from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("Agg")
+matplotlib.use("Agg")  # draws into files, without a display
 import matplotlib.pyplot as plt
 
 TITLE = "Step 17: GPT-2 on tokens"
-# A panel: y label and limits, the metrics drawn, the reference (a metric or a number), its name.
-PANELS = [("loss (nats a token)", None, ["train_loss", "val_loss"], None, "")]
+# Per panel: axes, metrics drawn as curves, dashed references (label: metric or number).
+PANELS = [
+    {
+        "axes": {"ylabel": "loss (nats per token)"},
+        "curves": ["train_loss", "val_loss"],
+        "references": {},
+    },
+]
 
 
 def read_metrics(run):
@@ -24,22 +30,22 @@ def read_metrics(run):
 
 
 def draw(runs, path):
-    """Draw one or several runs into the PNG file path, and return path."""
+    """Plot one or several runs into the PNG file path, and return path."""
     figure, axes = plt.subplots(
         1, len(PANELS), figsize=(6 * len(PANELS), 4), squeeze=False, layout="constrained"
     )
     figure.suptitle(TITLE)
-    for axis, (label, limits, keys, reference, name) in zip(axes[0], PANELS):
+    for axis, panel in zip(axes[0], PANELS):
         for run in runs:
             records = read_metrics(run)
-            for key in keys:
+            for key in panel["curves"]:
                 points = [(r["iter"], r[key]) for r in records if key in r]
-                where = f" ({run})" if len(runs) > 1 else ""
-                axis.plot(*zip(*points), marker=".", markersize=4, label=f"{key}{where}")
-        level = records[-1][reference] if isinstance(reference, str) else reference
-        if level is not None:
-            axis.axhline(level, color="gray", linestyle="--", label=f"{name}: {level:.4g}")
-        axis.set(xlabel="iteration (minibatches)", ylabel=label, ylim=limits)
+                suffix = f" ({run})" if len(runs) > 1 else ""
+                axis.plot(*zip(*points), marker=".", markersize=4, label=f"{key}{suffix}")
+        for label, level in panel["references"].items():
+            level = records[-1][level] if isinstance(level, str) else level
+            axis.axhline(level, color="gray", linestyle="--", label=f"{label}: {level:.4g}")
+        axis.set(xlabel="iteration", **panel["axes"])
         axis.grid(alpha=0.3)
         axis.legend()
     figure.savefig(path, dpi=80)
@@ -48,14 +54,14 @@ def draw(runs, path):
 
 
 def plot_run(out_dir):
-    """Draw the run in out_dir into its loss.png, and return that file's path."""
+    """Plot the run in out_dir into its loss.png, and return that file's path."""
     return draw([out_dir], Path(out_dir) / "loss.png")
 
 
 if __name__ == "__main__":
-    runs = sys.argv[1:] or [Path(__file__).resolve().parent / "out"]
+    runs = sys.argv[1:] or [Path(__file__).parent / "out"]
     try:
         print(plot_run(runs[0]) if len(runs) == 1 else draw(runs, Path("compare.png")))
     except (OSError, ValueError, LookupError) as error:
-        print(f"plot.py: error: cannot draw {' '.join(map(str, runs))}: {error}", file=sys.stderr)
+        print(f"plot.py: error: cannot plot {' '.join(map(str, runs))}: {error}", file=sys.stderr)
         sys.exit(2)

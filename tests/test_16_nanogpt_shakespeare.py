@@ -124,7 +124,7 @@ def test_bfloat16_agrees_with_float32():
 def test_a_batch_is_windows_and_the_characters_after_them():
     args, _ = small()
     ids = torch.arange(40)
-    batches = step.minibatches(ids, args)
+    batches = step.minibatches(args, ids)
     x, y = next(batches)
     assert x.shape == y.shape == (4, 16)
     assert torch.equal(y, x + 1)
@@ -155,7 +155,7 @@ def test_training_is_the_recipe(optimizer, standins, tmp_path):
     train_ids, _, vocab = step.load_data(args)
     torch.manual_seed(args.seed)
     model = step.GPT(args, len(vocab))
-    batches, losses = step.minibatches(train_ids, args), []
+    batches, losses = step.minibatches(args, train_ids), []
     optimizers = step.make_optimizers(args, model).values()
     if optimizer == "adamw":
         groups = [[p for p in model.parameters() if (p.ndim < 2) == vector] for vector in (0, 1)]

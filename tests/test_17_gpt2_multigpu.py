@@ -1,9 +1,14 @@
 """Step 17: data that any number of processes share, exact resume, and Hugging Face's weights."""
 
+import argparse
+import contextlib
 import errno
+import functools
+import importlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,10 +24,45 @@ from steps import ROOT, load_step, run_main
 
 STEP = "17_gpt2_multigpu"
 step = load_step(STEP)
+
+
+@contextlib.contextmanager
+def imports_of_the_step():
+    """Let the scripts of this step import its train.py and each other."""
+    own = ("train", "sample")
+    sys.path.insert(0, str(ROOT / STEP))
+    try:
+        for name in own:
+            sys.modules.pop(name, None)
+        sys.modules["train"] = step
+        yield
+    finally:
+        sys.path.remove(str(ROOT / STEP))
+        for name in own:
+            sys.modules.pop(name, None)
+
+
+@functools.cache
+def load_script(name):
+    """Import prepare.py, sample.py, ... as a module."""
+    with imports_of_the_step():
+        sys.modules.pop(name, None)
+        module = importlib.import_module(name)
+        sys.modules.pop(name)
+    return module
+
+
+def run_script(name, *flags):
+    """Run a script as a program, as run_main does: (exit code, stderr)."""
+    with imports_of_the_step():
+        return run_main(STEP, *flags, script=f"{name}.py")
+
+
+CPU = ["--device", "cpu", "--dtype", "float32"]
 SMALL = (
     "--vocab_size 300 --n_layer 2 --n_head 2 --n_embd 16 --block_size 16 --batch_size 2"
     " --total_batch_tokens 128 --max_iters 6 --eval_interval 3 --warmup_iters 2 --max_new_tokens 0"
-    " --device cpu --dtype float32 --log_interval 1 --learning_rate 1e-2"
+    " --device cpu --dtype float32 --learning_rate 1e-2"
 ).split()
 
 
@@ -165,9 +205,14 @@ def test_nanogpts_files_are_read_as_they_are(small_data):
     assert np.array_equal(val, expected)
 
 
+def prepare_flags(tmp_path, *flags):
+    known = ["--data_dir", tmp_path, "--cache_dir", tmp_path / "made", "--num_proc", 1]
+    return [str(flag) for flag in [*known, *flags]]
+
+
 def prepare(tmp_path, *flags):
-    args = parse("--data_dir", tmp_path, "--cache_dir", tmp_path / "made", "--num_proc", 1, *flags)
-    step.prepare(args)
+    script = load_script("prepare")
+    script.prepare(script.parse_args(prepare_flags(tmp_path, *flags)))
     return [np.fromfile(tmp_path / "made" / f"{n}.bin", dtype=np.uint16) for n in ("train", "val")]
 
 
@@ -213,16 +258,16 @@ def test_prepare_goes_on_where_it_was(tmp_path, bytes_as_bpe, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(np, "memmap", fall)  # killed when the parts are there
+        patch.setattr(np, "memmap", fall)  # killed when the chunks are there
         prepare(tmp_path, "--corpus", path)
-    parts = sorted((tmp_path / "made").glob("parts-*/*.bin"))
-    assert len(parts) == 3
-    parts[0].unlink()
-    times = [part.stat().st_mtime_ns for part in parts[1:]]
+    chunks = sorted((tmp_path / "made").glob("chunks-*/*.bin"))
+    assert len(chunks) == 3
+    chunks[0].unlink()
+    times = [chunk.stat().st_mtime_ns for chunk in chunks[1:]]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(np, "memmap", fall)
         prepare(tmp_path, "--corpus", path)
-    assert times == [part.stat().st_mtime_ns for part in parts[1:]]
+    assert times == [chunk.stat().st_mtime_ns for chunk in chunks[1:]]
     prepare(tmp_path, "--corpus", path)
     assert (tmp_path / "made/train.bin").read_bytes() == whole
 
@@ -230,16 +275,23 @@ def test_prepare_goes_on_where_it_was(tmp_path, bytes_as_bpe, monkeypatch):
 def test_prepared_text_is_trained_on(tmp_path, bytes_as_bpe):
     _, path = write_corpus(tmp_path, n=300)
     prepare(tmp_path, "--corpus", path, "--val_fraction", 0.1)
-    question = {"ctx": "document 1", "endings": [" says", "zz"], "label": 0}
-    (tmp_path / "questions.jsonl").write_text(json.dumps(question))
     flags = ["--cache_dir", tmp_path / "made", "--max_iters", 40, "--eval_interval", 20]
-    flags += ["--hellaswag", tmp_path / "questions.jsonl"]
     run(tmp_path, tmp_path / "out", *flags, "--max_new_tokens", 5, "--prompt", "document")
     val = [r["val_loss"] for r in records(tmp_path / "out")]
     assert val[0] == pytest.approx(math.log(300), rel=0.02)
     assert val[2] < val[1] < val[0] - 1
-    assert records(tmp_path / "out")[2]["hellaswag"] == 1
     assert (tmp_path / "out/samples.txt").read_text().count("document") == 3
+    question = {"ctx": "document 1", "endings": [" says", "zz"], "label": 0}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(question))
+    flags = [tmp_path / "questions.jsonl", "--out_dir", tmp_path / "out", *CPU]
+    assert load_script("hellaswag").main([str(flag) for flag in flags]) == 1
+
+
+def test_prepared_text_comes_before_a_finished_data_set(small_data, tmp_path, bytes_as_bpe):
+    _, path = write_corpus(tmp_path, n=300)
+    train, _ = prepare(tmp_path, "--corpus", path, "--val_fraction", 0.1)
+    args = parse("--data_dir", small_data, "--cache_dir", tmp_path / "made")
+    assert np.array_equal(step.load_data(args)[0], train)
 
 
 # ---------- model ----------
@@ -279,9 +331,9 @@ def test_weights_from_hugging_face_give_the_same_logits(tmp_path):
 @pytest.mark.parametrize("bias", ["--bias", "--no-bias"])
 def test_exported_weights_give_transformers_the_same_logits(bias, tmp_path):
     transformers = pytest.importorskip("transformers")
-    args = parse(bias, "--export_hf", tmp_path / "hf")
+    args = parse(bias)
     mine = other_weights(step.make_model(args))
-    step.export_hf(args, mine.state_dict())
+    load_script("export_hf").export_hf(args, mine, tmp_path / "hf")
     theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()
     x = torch.randint(300, (2, 16))
     assert torch.allclose(mine(x), theirs(x).logits, atol=1e-4)
@@ -289,10 +341,24 @@ def test_exported_weights_give_transformers_the_same_logits(bias, tmp_path):
     assert torch.equal(mine(x), again.eval()(x))
 
 
-def test_a_run_exports_and_the_export_scores_the_same(small_data, tmp_path):
-    final = run(small_data, tmp_path / "a", "--export_hf", tmp_path / "hf")
+def test_a_run_is_exported_and_the_export_scores_the_same(small_data, tmp_path):
+    run(small_data, tmp_path / "a")
+    best = min(r["val_loss"] for r in records(tmp_path / "a"))
+    code, errors = run_script("export_hf", tmp_path / "hf", "--out_dir", tmp_path / "a", *CPU)
+    assert code == 0, errors
     flags = ["--init_from", tmp_path / "hf", "--eval_only"]
-    assert run(small_data, tmp_path / "b", *flags)["val_loss"] == pytest.approx(final["val_loss"])
+    assert run(small_data, tmp_path / "b", *flags)["val_loss"] == pytest.approx(best)
+    assert not (tmp_path / "b").exists()  # --eval_only writes nothing
+
+
+def test_sample_takes_the_sizes_from_the_checkpoint(small_data, tmp_path, bytes_as_bpe, capsys):
+    run(small_data, tmp_path)
+    capsys.readouterr()
+    (tmp_path / "prompt.txt").write_text("Good night", encoding="utf-8")
+    flags = ["--out_dir", tmp_path, "--max_new_tokens", 3, *CPU]
+    flags += ["--prompt", f"FILE:{tmp_path / 'prompt.txt'}"]
+    assert run_script("sample", *flags) == (0, "")
+    assert capsys.readouterr().out.startswith("Good night")
 
 
 # ---------- evaluation ----------
@@ -317,9 +383,7 @@ def test_evaluation_counts_every_token_once(n, batch_size):
     assert found == pytest.approx(sum(losses) / (n - 1), rel=1e-5)
 
 
-def test_hellaswag_prefers_the_likelier_ending(tmp_path, bytes_as_bpe):
-    args = parse("--block_size", 64, "--hellaswag", tmp_path / "h.jsonl")
-
+def test_hellaswag_prefers_the_likelier_ending(bytes_as_bpe):
     class Successor(torch.nn.Module):
         """Expects every byte to be followed by the next one."""
 
@@ -329,9 +393,22 @@ def test_hellaswag_prefers_the_likelier_ending(tmp_path, bytes_as_bpe):
     long = {"ctx": "abc", "endings": ["abcdefgh", "!", "zz", "qq"], "label": 0}  # the mean decides
     short = {"ctx": "zxzx", "endings": ["abab", "!", "zz", "qq"], "label": 1}  # the ending alone
     wrong = {"ctx": "abc", "endings": ["ddd", "d", "qq", '!"#$%&'], "label": 0}
-    lines = [json.dumps(question) + "\n" for question in (long, wrong, short, wrong)]
-    args.hellaswag.write_text("".join(lines))
-    assert step.hellaswag(args, Successor(), torch.device("cpu")) == 0.5
+    questions = [long, wrong, short, wrong]
+    args, script = parse("--block_size", 64), load_script("hellaswag")
+    score = functools.partial(script.evaluate_hellaswag, args, Successor())
+    assert score(questions, torch.device("cpu")) == 0.5
+    args.rank, args.world_size = 1, 2  # the second of two processes has the two wrong ones
+    assert score(questions, torch.device("cpu")) == 0
+
+
+@pytest.mark.parametrize(
+    "content", ["", "no json", '{"ctx": "a"}', "[]", '{"ctx": "", "label": 0}']
+)
+def test_questions_that_cannot_be_used(content, tmp_path, bytes_as_bpe):
+    (tmp_path / "h.jsonl").write_text(content)
+    assert_one_line(run_script("hellaswag", tmp_path / "h.jsonl"), tmp_path / "h.jsonl")
+    assert_one_line(run_script("hellaswag", tmp_path / "absent"), tmp_path / "absent")
+    assert_one_line(run_script("hellaswag"), "usage", "hellaswag.py FILE")
 
 
 def test_sampling_does_not_disturb_training(small_data, tmp_path, bytes_as_bpe):
@@ -380,7 +457,7 @@ def test_the_peak_is_the_devices(name, tflops, monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_training_is_the_recipe(dtype, small_data, tmp_path):
-    """Accumulate, clip, rate, update: the same weights as by the loop written out here."""
+    """Accumulate, clip, update: the same weights as by the loop written out here."""
     flags = ["--data_dir", small_data, "--dropout", 0.3, "--grad_clip", 0.1, "--dtype", dtype]
     args = parse(*flags, "--out_dir", tmp_path, "--warmup_iters", 3, "--max_iters", 8)
     step.train(args)
@@ -391,32 +468,32 @@ def test_training_is_the_recipe(dtype, small_data, tmp_path):
     groups = [{"params": group, "weight_decay": w} for group, w in zip(groups, (0.1, 0.0))]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     batches = step.minibatches(args, step.load_data(args)[0], 0, torch.device("cpu"))
-    torch.manual_seed(args.seed)
     for i in range(8):
+        torch.manual_seed((args.seed << 32) + i)
         for _ in range(4):
             x, y = next(batches)
             with step.autocast(args):
                 logits = model(x)
             (F.cross_entropy(logits.float().flatten(0, 1), y.flatten()) / 4).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-        wave = (1 + math.cos(math.pi * max(0, i - 3) / 5)) / 2
+        cosine = (1 + math.cos(math.pi * max(0, i - 3) / 5)) / 2
         for group in optimizer.param_groups:
-            group["lr"] = min((i + 1) / 4, 1) * (2e-4 + (1e-2 - 2e-4) * wave)
+            group["lr"] = min((i + 1) / 4, 1) * (2e-4 + (1e-2 - 2e-4) * cosine)
         optimizer.step()
         optimizer.zero_grad()
     trained = checkpoint(tmp_path)["model"]
     for name, p in model.state_dict().items():
         wrong, way = (trained[name] - p).abs().mean(), (p - first[name]).abs().mean()
         if dtype == "float32":
-            assert wrong < 1e-5 * way, name
-        elif p.ndim == 2:  # rounding turns the signs of the smallest gradients, Adam's steps follow
+            assert wrong < 1e-4 * way, name
+        elif p.ndim == 2:  # rounding changes signs of the smallest gradients, and of Adam's updates
             assert wrong < 0.1 * way, name
 
 
-def test_float32_products_are_exact():
-    step.setup_device(parse())
-    a, b = torch.randn(2, 200, 200)
-    assert torch.allclose(a @ b, (a.double() @ b.double()).float(), atol=1e-4)
+def test_a_run_leaves_the_settings_of_the_process_alone(small_data, tmp_path):
+    before = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    run(small_data, tmp_path)
+    assert before == (torch.get_float32_matmul_precision(), torch.get_num_threads())
 
 
 def test_accumulation_changes_nothing(small_data, tmp_path):
@@ -434,9 +511,7 @@ def test_two_processes_are_one_with_twice_the_accumulation(flags, small_data, tm
     assert np.allclose(losses_of(tmp_path / "one"), losses_of(tmp_path / "two"), atol=1e-5)
     assert result.stdout.count("iter 6") == 1  # one of them speaks
     one, two = (checkpoint(tmp_path / name) for name in ("one", "two"))
-    assert len(two["rng"]) == 2
-    assert not torch.equal(two["rng"][0][0], two["rng"][1][0])  # each drops out its own units
-    # Muon orthogonalises in bfloat16: rounding alone moves single weights by more than AdamW's.
+    # Muon orthogonalizes in bfloat16: rounding alone moves single weights by more than AdamW's.
     most = max((one["model"][name] - two["model"][name]).abs().max() for name in one["model"])
     assert most < (1e-4 if "adamw" in flags else 5e-3)
     # What two sharded processes wrote, one reads.
@@ -444,7 +519,25 @@ def test_two_processes_are_one_with_twice_the_accumulation(flags, small_data, tm
     assert run(small_data, tmp_path / "two", *again)["iter"] == 7
 
 
-def test_a_sharded_model_writes_what_the_whole_one_does(bytes_as_bpe):
+def test_every_process_and_iteration_has_dropout_masks_of_its_own(
+    small_data, tmp_path, monkeypatch
+):
+    seeds, real, setup_device = [], torch.manual_seed, step.setup_device
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed) or real(seed))
+
+    def as_one_of_two(args, rank):
+        device = setup_device(args)
+        args.rank, args.world_size = rank, 2
+        return device
+
+    for rank in (0, 1):
+        monkeypatch.setattr(step, "setup_device", functools.partial(as_one_of_two, rank=rank))
+        run(small_data, tmp_path / str(rank), "--eval_interval", 9)
+    iterations = [seed for seed in seeds if seed >= 2**32]
+    assert len(iterations) == len(set(iterations)) == 12
+
+
+def test_a_sharded_model_writes_what_the_full_one_does(bytes_as_bpe):
     args = parse("--parallel", "fsdp", "--max_new_tokens", 40, "--prompt", "ab", "--stop", "")
     torch.manual_seed(0)
     model = step.make_model(args)
@@ -454,11 +547,28 @@ def test_a_sharded_model_writes_what_the_whole_one_does(bytes_as_bpe):
     dist = torch.distributed
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        step.parallelise(args, model, torch.device("cpu"))
+        step.parallelize(args, model, torch.device("cpu"))
         assert isinstance(model, step.FSDPModule)
         assert step.sample(args, model) == text
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("world_size", "expected"), [(8, 2), (32, "15"), (64, "1966080")])
+def test_a_batch_that_does_not_divide_gets_a_suggestion(world_size, expected):
+    flags = ["--total_batch_tokens", 491520, "--block_size", 1024, "--batch_size", 30]
+    args = parse(*flags)
+    args.world_size = world_size
+    if isinstance(expected, int):
+        assert step.count_micro_batches(args) == expected
+        return
+    with pytest.raises(argparse.ArgumentTypeError, match=expected) as error:
+        step.count_micro_batches(args)
+    advice = str(error.value).split(";")[1]
+    for flag, value in re.findall(r"(--\w+) (\d+)", advice):
+        args = parse(*flags, flag, value)
+        args.world_size = world_size
+        assert step.count_micro_batches(args) > 0
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4, 8, 16])
@@ -524,24 +634,78 @@ def test_torchrun_restarts_it_unattended(small_data, tmp_path, unbroken):
     assert [r["iter"] for r in records(tmp_path)] == list(range(0, 41, 4))
 
 
-class Stop:
-    """An event that is set after a few questions."""
+class Signals:
+    """A list of signals that gets its first one after it was asked a few times."""
 
     def __init__(self, after):
         self.left = after
 
-    def is_set(self):
+    def __bool__(self):
         self.left -= 1
         return self.left < 0
 
 
 def test_a_signal_saves_and_resume_goes_on(small_data, tmp_path):
     flags = ["--dropout", 0.2, "--data_dir", small_data, "--out_dir"]
-    step.train(parse(*flags, tmp_path / "a"), Stop(after=3))
+    step.train(parse(*flags, tmp_path / "a"), Signals(after=3))
     assert checkpoint(tmp_path / "a")["state"]["iter_num"] == 4
     step.train(parse(*flags, tmp_path / "a", "--init_from", "resume"))
     step.train(parse(*flags, tmp_path / "b"))
     assert_equal(checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b"))
+
+
+def test_resume_at_iteration_0_keeps_its_record(small_data, tmp_path, monkeypatch):
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", killed)
+        run(small_data, tmp_path)
+    with open(tmp_path / "metrics.jsonl", "a") as file:  # half a line, as a full disk leaves it
+        file.write('{"iter": 1, "sec')
+    run(small_data, tmp_path, "--init_from", "resume")
+    assert [r["iter"] for r in records(tmp_path)] == [0, 3, 6]
+
+
+def test_a_second_sigterm_does_not_end_a_save(small_data, tmp_path):
+    """SIGTERM comes again and again, as Slurm and torchrun send it: the checkpoint is written."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    line = command(small_data, tmp_path, *LONG, "--max_iters", 100_000)
+    job = subprocess.Popen(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.time() + 120
+    while not (tmp_path / "last.pt").exists() and time.time() < deadline:
+        time.sleep(0.02)
+    while job.poll() is None and time.time() < deadline:
+        job.send_signal(signal.SIGTERM)
+        time.sleep(0.01)
+    output = job.communicate()[0].decode()
+    stopped = re.search(r"stopped at iteration (\d+)", output)
+    assert stopped, output
+    assert checkpoint(tmp_path)["state"]["iter_num"] == int(stopped[1])
+
+
+def test_all_processes_resume_or_none(small_data, tmp_path, monkeypatch):
+    run(small_data, tmp_path)
+    real = step.all_sum
+    flags = ["--data_dir", small_data, "--out_dir", tmp_path, "--max_iters", 8]
+
+    def restarted(values, device):  # a restart that another machine has counted
+        return real([values[0] + 1, *values[1:]] if len(values) == 2 else values, device)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step, "all_sum", restarted)
+        step.train(parse(*flags))
+    assert [r["iter"] for r in records(tmp_path)] == [0, 3, 6, 8]
+
+    def as_one_of_two(args):
+        args.rank, args.world_size = 0, 2
+        return torch.device("cpu")
+
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    monkeypatch.setattr(step, "setup_device", as_one_of_two)
+    with pytest.raises(argparse.ArgumentTypeError, match="--out_dir must be shared: only 1 of 2"):
+        step.train(parse(*flags))
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_spike_is_skipped(small_data, tmp_path, capsys, monkeypatch):
@@ -549,7 +713,7 @@ def test_a_spike_is_skipped(small_data, tmp_path, capsys, monkeypatch):
 
     def spike(values, device):  # iteration 105 reports an absurd loss
         total = normal(values, device)
-        return [total[0] + 1000 * (len(total) == 2 and next(count) == 105), *total[1:]]
+        return [total[0] + 1000 * (len(total) == 3 and next(count) == 105), *total[1:]]
 
     monkeypatch.setattr(step, "all_sum", spike)
     flags = ["--max_iters", 107, "--eval_interval", 1, "--optimizer", "adamw"]
@@ -568,10 +732,10 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(small_data, tmp
 
     def nan(values, device):
         total = normal(values, device)
-        return [math.nan if len(total) == 2 and next(count) == 4 else total[0], *total[1:]]
+        return [math.nan if len(total) == 3 and next(count) == 4 else total[0], *total[1:]]
 
     monkeypatch.setattr(step, "all_sum", nan)
-    with pytest.raises(SystemExit):
+    with pytest.raises(FloatingPointError, match="iteration 4"):
         run(small_data, tmp_path)
     found = checkpoint(tmp_path)
     assert found["state"]["iter_num"] == 3
@@ -585,6 +749,20 @@ def test_float16_scales_the_loss(small_data, tmp_path):
     assert checkpoint(tmp_path / "a")["scaler"]["scale"] > 1
     assert a["val_loss"] == pytest.approx(c["val_loss"], rel=0.01)
     assert b["val_loss"] == pytest.approx(c["val_loss"], rel=0.01)
+
+
+def test_one_all_reduce_per_update(small_data, tmp_path, monkeypatch):
+    calls, real = [], step.all_sum
+    monkeypatch.setattr(step, "all_sum", lambda *args: calls.append(args) or real(*args))
+    run(small_data, tmp_path)
+    assert len(calls) == 6 + 3 + 1  # updates, evaluations, the decision to resume
+
+
+def test_a_checkpoint_of_another_dtype_is_resumed(small_data, tmp_path):
+    for i, dtype in enumerate(("bfloat16", "float16", "float32")):
+        flags = ["--init_from", "resume"] * (i > 0)
+        run(small_data, tmp_path, "--dtype", dtype, "--max_iters", 6 + i, *flags)
+    assert [r["iter"] for r in records(tmp_path)] == [0, 3, 6, 7, 8]
 
 
 def test_without_a_compiler_it_says_so_and_goes_on(small_data, tmp_path, monkeypatch, capsys):
@@ -601,7 +779,7 @@ def test_best_is_the_checkpoint_of_the_lowest_loss(small_data, tmp_path, monkeyp
     monkeypatch.setattr(step, "evaluate", lambda *_: next(losses))
     run(small_data, tmp_path)
     states = [checkpoint(tmp_path, name)["state"] for name in ("best.pt", "last.pt")]
-    assert [(state["iter_num"], state["val_loss"]) for state in states] == [(3, 2.0), (6, 2.0)]
+    assert [(state["iter_num"], state["best"]) for state in states] == [(3, 2.0), (6, 2.0)]
 
 
 def test_resume_with_a_cropped_block(small_data, tmp_path):
@@ -632,21 +810,20 @@ def bad(data, out_dir, *flags):
 
 def test_without_data_it_says_what_preparing_would_cost(tmp_path):
     result = bad(tmp_path, tmp_path / "out")
-    assert_one_line(result, "--prepare", "25 GB", "--corpus", "tests/standins.py")
+    assert_one_line(result, "prepare.py", "25 GB", "--corpus", "tests/standins.py")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--total_batch_tokens", "100"], ["--total_batch_tokens 100", "96 is"]),
+        (["--total_batch_tokens", "100"], ["--total_batch_tokens 100", "--total_batch_tokens 96"]),
         (["--n_head", "3"], ["--n_head 3"]),
         (["--vocab_size", "200"], ["--vocab_size 200", "train.bin"]),
         (["--block_size", "320"], ["--block_size"]),
         (["--init_from", "resume"], ["last.pt"]),
         (["--init_from", "/nowhere"], ["--init_from /nowhere"]),
         (["--prompt", ""], ["--prompt"]),
-        (["--prepare", "--corpus", "/nowhere.jsonl"], ["--corpus"]),
         *([(["--device", "cuda"], ["--device cuda"])] if not torch.cuda.is_available() else []),
     ],
 )
@@ -655,9 +832,25 @@ def test_bad_flags(flags, words, small_data, tmp_path, bytes_as_bpe):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("corpus", "word"), [("/nowhere.jsonl", "/nowhere.jsonl"), ("a.csv", "must end in .jsonl")]
+)
+def test_a_corpus_that_cannot_be_read(corpus, word, tmp_path, bytes_as_bpe):
+    flags = prepare_flags(tmp_path, "--corpus", corpus)
+    assert_one_line(run_script("prepare", *flags), "prepare.py: error: --corpus", word)
+
+
+def test_scripts_without_a_checkpoint(tmp_path):
+    for name, flags in (("sample", []), ("export_hf", [tmp_path / "hf"])):
+        result = run_script(name, *flags, "--out_dir", tmp_path)
+        assert_one_line(result, f"{name}.py: error:", tmp_path / "best.pt", "missing")
+    assert_one_line(run_script("export_hf"), "usage", "export_hf.py DIR")
+    assert not (tmp_path / "hf").exists()
+
+
 def test_a_block_longer_than_the_weights_positions(small_data, tmp_path):
-    args = parse("--export_hf", tmp_path / "hf")
-    step.export_hf(args, step.make_model(args).state_dict())
+    args = parse()
+    load_script("export_hf").export_hf(args, step.make_model(args), tmp_path / "hf")
     result = bad(small_data, tmp_path, "--init_from", tmp_path / "hf", "--block_size", 32)
     assert_one_line(result, "--block_size 32", "16")
     whole = (tmp_path / "hf/model.safetensors").read_bytes()
@@ -674,7 +867,7 @@ def test_a_corrupt_shard(small_data, tmp_path):
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
     assert_one_line(bad(tmp_path, tmp_path / "out"), path, "damaged")
-    path.write_bytes(whole[:-100])  # even, but shorter than --prepare wrote
+    path.write_bytes(whole[:-100])  # even, but shorter than prepare.py wrote
     (path.parent / "meta.json").write_text(json.dumps({"train": 4000, "val": 500}))
     assert_one_line(bad(tmp_path, tmp_path / "out"), path, "damaged")
 
@@ -697,10 +890,13 @@ def test_damaged_checkpoints(small_data, tmp_path):
     run(small_data, tmp_path)
     flags = ["--init_from", "resume"]
     assert_one_line(bad(small_data, tmp_path, *flags, "--n_embd", 32), "last.pt", "shape")
+    for n_layer in (1, 3):  # other keys are refused, not dropped
+        result = bad(small_data, tmp_path, *flags, "--n_layer", n_layer)
+        assert_one_line(result, "last.pt", "shape", f"h.{min(n_layer, 2)}.")
     whole = (tmp_path / "last.pt").read_bytes()
     for damaged in (whole[: len(whole) // 2], b""):
         (tmp_path / "last.pt").write_bytes(damaged)
-        assert_one_line(bad(small_data, tmp_path, *flags), "last.pt", "whole")
+        assert_one_line(bad(small_data, tmp_path, *flags), "last.pt", "damaged")
 
 
 @pytest.mark.data
@@ -709,14 +905,16 @@ def test_real_text_is_prepared_and_learned(real_data, tmp_path):
     corpus = real_data / "openwebtext" / "webtext-sample.jsonl"
     if step.load_bpe() is None or not corpus.is_file():
         pytest.skip("needs GPT-2's BPE and openwebtext/webtext-sample.jsonl")
-    flags = ["--data_dir", tmp_path, "--corpus", corpus, "--val_fraction", 0.1, "--device", "cpu"]
-    sizes = step.prepare(step.parse_args(list(map(str, [*flags, "--prepare"]))))
+    flags = ["--data_dir", tmp_path, "--corpus", corpus, "--val_fraction", 0.1]
+    script = load_script("prepare")
+    sizes = script.prepare(script.parse_args(list(map(str, flags))))
     assert sizes["documents"] == 4723
     assert sizes["train"] + sizes["val"] == pytest.approx(302_272, abs=10)
     play = ["--corpus", real_data / "shakespeare/input.txt", "--cache_dir", tmp_path / "play"]
-    sizes = step.prepare(step.parse_args(list(map(str, [*flags, *play]))))
+    sizes = script.prepare(script.parse_args(list(map(str, [*flags, *play]))))
     assert sizes["train"] + sizes["val"] == 338_025 + 1  # nanoGPT's tokens, and the text's end
-    flags += ["--out_dir", tmp_path / "out", "--max_iters", 60, "--eval_interval", 30]
+    flags = ["--data_dir", tmp_path, "--device", "cpu", "--out_dir", tmp_path / "out"]
+    flags += ["--max_iters", 60, "--eval_interval", 30]
     step.train(step.parse_args(list(map(str, flags))))
     losses = [r["val_loss"] for r in records(tmp_path / "out")]
     assert losses[0] == pytest.approx(math.log(50257), rel=0.02)

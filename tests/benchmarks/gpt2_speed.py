@@ -1,10 +1,11 @@
-"""Tokens a second and MFU of step 17, by size: python tests/benchmarks/gpt2_speed.py
+"""Tokens per second and MFU of step 17, by size: python tests/benchmarks/gpt2_speed.py
 
---nanogpt DIR puts nanoGPT's train.py beside it, on the same sizes, batches and tokens. --processes
-N starts torchrun, too, and prints the scaling efficiency: N processes' tokens a second over N times
-one's; on a CPU every process has its share of the cores, one alone as well. Speeds are those of a
-run's second half, evaluation and checkpoints not counted; medians of --repeat runs that take turns.
-MFU is the share of the device's peak; on a CPU, of what a product of large matrices reaches there.
+--nanogpt DIR compares with nanoGPT's train.py on the same sizes, batches and tokens. --processes N
+also runs under torchrun and prints the scaling efficiency: tokens per second of N processes over N
+times those of one; on a CPU every process has its share of the cores, one alone as well. Speeds are
+those of the second half of a run without evaluation and checkpoints; medians of --repeat runs that
+take turns. MFU is the fraction of the device's peak; on a CPU, of the speed at which it multiplies
+large matrices.
 """
 
 import argparse
@@ -37,9 +38,9 @@ SIZES = {
 
 
 def matmul_tflops(dtype):
-    """Return what this CPU reaches in a product of two large matrices."""
+    """Return the TFLOP/s of this CPU in a product of two large matrices."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    torch.set_float32_matmul_precision("medium")
+    torch.set_float32_matmul_precision("high")
     a = torch.randn(2048, 2048, dtype=dtype)
     times = []
     for _ in range(10):

@@ -5,13 +5,12 @@ nanoGPT's README recipe (on a CPU its CPU recipe) is run, then the --parts of st
 process of its own with its start-up counted:
 
 default  no flags
-quarter  the same, cut to --quarter_flags: as good as nanoGPT in a quarter of its time?
+quarter  the same, but shorter (--quarter_flags): as good as nanoGPT in a quarter of its time?
 adamw    --optimizer adamw, nanoGPT's own recipe
-sample   nanoGPT and the default run each write ten samples of 500 characters
+sample   ten samples of 500 characters, by nanoGPT and by the default run
 
-nanoGPT's checkpoint is scored as step 16 scores itself: over the whole validation text, each
-character once. --work_dir keeps the results, so that seeds can be run one at a time: the tables
-are about all that lie there.
+nanoGPT's checkpoint is evaluated like step 16: over the whole validation text, each character once.
+--work_dir keeps the results, so that seeds can be run one at a time; the tables cover all of them.
 """
 
 import argparse
@@ -84,7 +83,7 @@ def load_nanogpt(folder, device):
 def exact_loss(model, folder):
     """Return the loss over the whole validation text, each character once.
 
-    Windows of block_size lie side by side, as in step 16; the last one is shorter.
+    The windows of block_size do not overlap, as in step 16; the last one is shorter.
     """
     ids = np.fromfile(folder / "data/shakespeare_char/val.bin", dtype=np.uint16).astype(np.int64)
     ids, size, total = torch.from_numpy(ids), model.config.block_size, 0.0
@@ -126,13 +125,13 @@ def run_sampling(args, folder, seed):
     sys.path.insert(0, str(STEP))
     import train as step
 
-    flags = "--sample_only --max_new_tokens 500 --temperature 0.8 --top_k 200 --out_dir"
-    flags = [*flags.split(), str(folder / f"default_{seed}"), "--device", args.device]
-    step_args = step.parse_args(flags)
+    flags = "--max_new_tokens 500 --temperature 0.8 --top_k 200 --device"
+    step_args = step.parse_args([*flags.split(), args.device])
     device = step.setup_device(step_args)
-    path = step_args.out_dir / "best.pt"
-    model = step.GPT(step_args, len(step.read_checkpoint(path)["state"]["vocab"])).to(device)
-    step.load_checkpoint(path, {"model": model})
+    checkpoint = step.read_checkpoint(folder / f"default_{seed}" / "best.pt")
+    vars(step_args).update(checkpoint["state"]["args"])  # the sizes of the model
+    model = step.GPT(step_args, len(checkpoint["state"]["vocab"])).to(device)
+    model.load_state_dict(checkpoint["model"])
     start = torch.zeros(1, 1, dtype=torch.long, device=device)
     writers = {
         "nanoGPT": lambda: [nanogpt.generate(start, 500, 0.8, 200).tolist() for _ in range(10)],
@@ -147,7 +146,7 @@ def run_sampling(args, folder, seed):
 
 def print_table(results):
     """Print medians and ranges over the seeds, then the rows of run.py's table."""
-    units = {"wall_seconds": "s", "val_loss": "nats a character"}
+    units = {"wall_seconds": "s", "val_loss": "nats per character"}
     units |= {"tokens_per_second": "tokens/s", "characters_per_second": "characters/s"}
     medians = {}
     for key, unit in units.items():
