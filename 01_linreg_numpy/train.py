@@ -6,16 +6,16 @@ A teacher, the line y = wx + b, generates the examples and adds Gaussian noise. 
 the noise, so the lowest loss to expect is known in advance: the noise variance (with a standard
 error of 0.45%). Watch stochastic gradient descent (SGD) bring the training loss down to it.
 
-Try:     --learning_rate 1.1 (it diverges: why?)
-         --batch_size 1 --learning_rate 0.1 (it gets close, but keeps fluctuating: why?)
+Try:     --learning_rate 1.1 (it diverges), --learning_rate 0.1 --batch_size 1 (it fluctuates): why?
 Source:  Robbins and Monro 1951, "A stochastic approximation method".
 """
 
+import os
 import signal
 import sys
 
 if __name__ == "__main__":  # Ctrl-C ends the run with exit code 130, also during the imports below
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
 import json

@@ -12,11 +12,12 @@ Try:     delete the line that sets .grad to None (gradients accumulate: what doe
 Source:  Paszke et al. 2017, "Automatic differentiation in PyTorch".
 """
 
+import os
 import signal
 import sys
 
 if __name__ == "__main__":  # Ctrl-C ends the run with exit code 130, also during the imports below
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
 import json

@@ -12,11 +12,12 @@ Try:     --learning_rate 0.5, then the same with --n_inputs 200 (it diverges: th
 Source:  Widrow and Hoff 1960, "Adaptive switching circuits".
 """
 
+import os
 import signal
 import sys
 
 if __name__ == "__main__":  # Ctrl-C ends the run with exit code 130, also during the imports below
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
 import json

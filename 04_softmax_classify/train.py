@@ -16,11 +16,12 @@ Try:     --n_classes 2 (what is this model's classical name?)
 Source:  Bridle 1990, "Probabilistic interpretation of feedforward classification network outputs".
 """
 
+import os
 import signal
 import sys
 
 if __name__ == "__main__":  # Ctrl-C ends the run with exit code 130, also during the imports below
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
 import json

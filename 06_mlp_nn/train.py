@@ -12,11 +12,12 @@ Try:     remove the loops over nn.init (the first loss is no longer log(10): why
 Source:  Paszke et al. 2019, "PyTorch: an imperative style, high-performance deep learning library".
 """
 
+import os
 import signal
 import sys
 
 if __name__ == "__main__":  # Ctrl-C ends the run with exit code 130, also during the imports below
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
 import json

@@ -22,16 +22,16 @@ Source:  Kingma and Ba 2015, "Adam: a method for stochastic optimization"; Loshc
          2017, "SGDR: stochastic gradient descent with warm restarts" (the cosine).
 """
 
+import os
 import signal
 import sys
 
 if __name__ == "__main__":  # Ctrl-C ends the run with exit code 130, also during the imports below
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
 import json
 import math
-import os
 import time
 from itertools import pairwise
 from pathlib import Path

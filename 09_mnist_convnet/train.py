@@ -15,16 +15,16 @@ Try:     --shift 0 (watch the train and test curves part), --shift 6 (digits wra
 Source:  LeCun et al. 1998, "Gradient-based learning applied to document recognition".
 """
 
+import os
 import signal
 import sys
 
 if __name__ == "__main__":  # Ctrl-C ends the run with exit code 130, also during the imports below
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
 import json
 import math
-import os
 import time
 from pathlib import Path
 

@@ -15,16 +15,16 @@ Source:  He et al. 2016, "Deep residual learning for image recognition"; Ioffe a
          "Batch normalization"; Goyal et al. 2017, "Accurate, large minibatch SGD" (bn_2's zeros).
 """
 
+import os
 import signal
 import sys
 
 if __name__ == "__main__":  # Ctrl-C ends the run with exit code 130, also during the imports below
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
 import json
 import math
-import os
 import time
 from pathlib import Path
 

@@ -16,16 +16,16 @@ Source:  Bengio et al. 2003, "A neural probabilistic language model"; Loshchilov
          (AdamW); Press and Wolf 2017, "Using the output embedding to improve language models".
 """
 
+import os
 import signal
 import sys
 
 if __name__ == "__main__":  # Ctrl-C ends the run with exit code 130, also during the imports below
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
 import json
 import math
-import os
 import re
 import time
 from collections import Counter
@@ -90,8 +90,8 @@ def load_data(args):
     counts = Counter(train_words)
     vocab = ["<unk>", *sorted(word for word in counts if counts[word] >= 2)]
     if len(train_words) <= args.block_size or not test_words or len(vocab) == 1:
-        sizes = f"--input: {len(train_words)} training, {len(test_words)} test, {len(vocab)} known words"
-        raise argparse.ArgumentTypeError(f"{sizes}, too few for --block_size {args.block_size}")
+        n = f"--input: {len(train_words)} training, {len(test_words)} test, {len(vocab)} known"
+        raise argparse.ArgumentTypeError(f"{n} words: too few for --block_size {args.block_size}")
     train_ids, test_ids = encode(train_words, vocab), encode(test_words, vocab)
     # The context of the first test words is the end of the training text: each is scored once.
     return train_ids, torch.cat([train_ids[-args.block_size :], test_ids]), vocab

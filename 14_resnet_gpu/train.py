@@ -20,16 +20,16 @@ Source:  Smith and Topin 2017, "Super-convergence" (one-cycle schedule); Micikev
          (label smoothing); Sutskever et al. 2013 (Nesterov momentum).
 """
 
+import os
 import signal
 import sys
 
 if __name__ == "__main__":  # Ctrl-C ends the run with exit code 130, also during the imports below
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
 import json
 import math
-import os
 import time
 from itertools import pairwise
 from pathlib import Path

@@ -30,11 +30,12 @@ Source:  He et al. 2016, "Deep residual learning for image recognition"; Goyal e
          Wightman et al. 2021, "ResNet strikes back"; Polyak and Juditsky 1992 (averaged weights).
 """
 
+import os
 import signal
 import sys
 
 if __name__ == "__main__":  # Ctrl-C ends the run with exit code 130, also during the imports below
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
 import copy
@@ -42,7 +43,6 @@ import fcntl
 import hashlib
 import json
 import math
-import os
 import random
 import time
 from functools import partial

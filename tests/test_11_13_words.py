@@ -463,7 +463,7 @@ def test_a_text_shorter_than_a_window_is_named(tmp_path):
 @pytest.mark.parametrize("name", WORD_STEPS)
 def test_a_text_without_a_word_that_occurs_twice_is_named(name, tmp_path):
     (tmp_path / "once.txt").write_text(" ".join(f"word{i}" for i in range(900)))
-    words = ["--input", "1 known words"]
+    words = ["--input", "1 known"]
     assert_fails(name, tmp_path, "--input", tmp_path / "once.txt", words=words)
 
 
