@@ -258,7 +258,7 @@ def interrupted(standins, tmp_path_factory):
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
-        errors = process.communicate(timeout=60)[1]
+        errors = process.communicate(timeout=40)[1]
         return process.returncode, errors, folder / "out"
 
     with ThreadPoolExecutor(2) as pool:

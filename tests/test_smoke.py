@@ -69,9 +69,9 @@ def test_every_evaluation_is_recorded_the_last_one_after_max_iters(step, tiny_ru
 @pytest.mark.parametrize("step", STEPS)
 def test_the_bar_ends_at_100_percent(step, tiny_run):
     final, _, bars, screen, _ = tiny_run(step)
-    bar = bars[0]
-    assert (bar.n, bar.total) == (final["iter"], final["iter"])
-    assert re.search(rf"100%\|#+\| {bar.n}/{bar.n} .*loss=", screen)
+    n = final["iter"]
+    assert (n, n) in [(bar.n, bar.total) for bar in bars]  # step 15 shows other work, too
+    assert re.search(rf"100%\|#+\| {n}/{n} .*loss=", screen)
 
 
 @pytest.mark.parametrize("step", STEPS)
