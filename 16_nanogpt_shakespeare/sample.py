@@ -3,11 +3,12 @@
 --prompt FILE:PATH takes the prompt from a text file.
 """
 
+import os
 import signal
 import sys
 
 if __name__ == "__main__":  # Ctrl-C ends the run with exit code 130, also during the imports below
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
 from pathlib import Path

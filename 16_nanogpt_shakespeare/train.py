@@ -20,16 +20,16 @@ Source:  Radford et al. 2019, "Language models are unsupervised multitask learne
          2022, "FlashAttention".
 """
 
+import os
 import signal
 import sys
 
 if __name__ == "__main__":  # Ctrl-C ends the run with exit code 130, also during the imports below
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
 import json
 import math
-import os
 import time
 from pathlib import Path
 
@@ -98,9 +98,9 @@ def minibatches(args, ids):
 class CausalSelfAttention(nn.Module):
     """Each position attends to itself and to the positions before it, (B, T, C) to (B, T, C).
 
-    Linear maps give each position a query q, a key k and a value v. The dot product of a query and
-    a key scores how relevant that position is; softmax turns the scores into the weights of a mean
-    over the values. Each of H heads has its own, so that a position can attend to several others.
+    Linear maps give each position a query q, a key k and a value v. The dot product of one's query
+    with another's key scores how relevant the other is; softmax turns the scores into weights of a
+    mean over the values. Each of H heads has its own q, k, v: a position can attend in H ways.
     """
 
     def __init__(self, args):
@@ -122,7 +122,7 @@ class CausalSelfAttention(nn.Module):
         if self.sdpa or cache is not None:  # a single new position sees all positions in the cache
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=T > 1)
         else:
-            # A dot product of D terms has standard deviation sqrt(D): divide, or softmax saturates.
+            # With q and k of variance 1, q . k has D: divide by sqrt(D), or softmax saturates.
             scores = q @ k.mT / math.sqrt(C // self.n_head)  # (B, H, T, T)
             mask = x.new_ones(T, T, dtype=torch.bool).tril()  # position t sees positions 0 to t
             y = F.dropout(scores.masked_fill(~mask, -math.inf).softmax(dim=3), p) @ v
@@ -171,7 +171,7 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(args.n_embd, bias=args.bias)
         self.lm_head = nn.Linear(args.n_embd, vocab_size, bias=False)
         self.dropout = nn.Dropout(args.dropout)  # zeroes this fraction of its input in training
-        self.lm_head.weight = self.wte.weight  # weight tying: a token's logit is a dot product
+        self.lm_head.weight = self.wte.weight  # weight tying: logit = x . embedding
         for name, p in self.named_parameters():
             if p.ndim == 2:
                 nn.init.normal_(p, std=0.02)
@@ -263,7 +263,7 @@ def generate(args, model, ids, use_cache=True):
     no autocast: for one token at a time, casting the weights takes longer than it saves.
     """
     model.eval()
-    generator = torch.Generator(ids.device).manual_seed(args.seed)  # not that of training
+    generator = torch.Generator(ids.device).manual_seed(args.seed)  # not the generator of training
     start, cache = max(0, ids.shape[1] - args.block_size), None
     for _ in range(args.max_new_tokens):
         if ids.shape[1] - start > args.block_size:
@@ -482,7 +482,7 @@ def train(args, signals=None):
         if iter_num == args.max_iters:
             break
 
-        # A minibatch gives an unbiased estimate of the full gradient, at a fraction of its cost.
+        # Random minibatches give unbiased estimates of the full gradient at a fraction of its cost.
         torch.manual_seed((args.seed << 32) + iter_num)  # the same numbers in a resumed run
         x, y = next(batches)
         with autocast(args):
@@ -546,31 +546,31 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("data").add_argument
     data_dir = os.environ.get("DATA_DIR", Path(__file__).parents[1] / "data")
     flag("--data_dir", type=Path, default=data_dir, help="directory with shakespeare/input.txt")
-    flag("--input", type=Path, help="a UTF-8 text to train on instead")
+    flag("--input", type=Path, help="UTF-8 text file to train on instead of tiny Shakespeare")
     flag("--batch_size", type=number(int, 1), help="windows per minibatch")
     flag = parser.add_argument_group("model").add_argument
-    flag("--init_from", choices=("scratch", "resume"), default="scratch", help="resume: out_dir/last.pt")
+    flag("--init_from", choices=("scratch", "resume"), default="scratch", help="out_dir/last.pt")
     flag("--block_size", type=number(int, 1), help="characters of context")
     flag("--n_layer", type=number(int, 1), help="number of blocks")
     flag("--n_head", type=number(int, 1), help="attention heads; divides n_embd")
     flag("--n_embd", type=number(int, 1), help="size of an embedding")
-    flag("--dropout", type=number(float, 0, 0.99), help="fraction of units zeroed")
+    flag("--dropout", type=number(float, 0, 0.99), help="usually 0 to 0.5")
     switch = argparse.BooleanOptionalAction
     flag("--bias", action=switch, default=False, help="in linear layers and layer norms, as GPT-2")
     flag("--sdpa", action=switch, help="torch's fused attention kernel")
     flag = parser.add_argument_group("optimizer").add_argument
     flag("--optimizer", choices=("muon", "adamw"), default="muon", help="adamw: nanoGPT's recipe")
-    flag("--learning_rate", type=number(float, 0), help="peak of the schedule")
-    flag("--min_lr", type=number(float, 0), help="end of the schedule; often learning_rate / 10")
-    flag("--warmup_iters", type=number(int, 0), help="updates of linear warm-up")
+    flag("--learning_rate", type=number(float, 0), help="peak; usually 1e-4 to 1e-2")
+    flag("--min_lr", type=number(float, 0), help="end of the schedule; usually learning_rate / 10")
+    flag("--warmup_iters", type=number(int, 0), help="linear warm-up; usually 1-10%%")
     flag("--lr_decay_iters", type=number(int, 0), default=0, help="updates to min_lr; 0: max_iters")
     flag("--max_iters", type=number(int, 1), help="number of parameter updates")
-    flag("--weight_decay", type=number(float, 0), help="of matrices; often 0.1")
+    flag("--weight_decay", type=number(float, 0), help="of matrices; usually 0.01-0.5")
     flag("--beta1", type=number(float, 0, 0.9999), default=0.9, help="momentum; also Muon's")
     flag("--beta2", type=number(float, 0, 0.9999), help="of AdamW's mean squared gradient")
     flag("--grad_clip", type=number(float, 0), help="maximum gradient norm; 0: no clipping")
     flag = parser.add_argument_group("sampling").add_argument
-    flag("--prompt", default="\n", help="start of the samples")
+    flag("--prompt", default="\n", help="start of the samples, by default a newline")
     flag("--stop", default="", help="text after which a sample ends")
     flag("--num_samples", type=number(int, 1), default=1, help="samples, written in one batch")
     flag("--max_new_tokens", type=number(int, 0), default=200, help="characters per sample")

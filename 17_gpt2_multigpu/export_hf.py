@@ -4,11 +4,12 @@ DIR is then a directory that transformers' GPT2LMHeadModel.from_pretrained loads
 takes as --init_from. The model is out_dir/best.pt.
 """
 
+import os
 import signal
 import sys
 
 if __name__ == "__main__":  # Ctrl-C ends the run with exit code 130, also during the imports below
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
 import json

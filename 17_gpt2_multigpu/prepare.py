@@ -5,17 +5,17 @@ val.bin in nanoGPT's format: GPT-2 tokens as uint16, with <|endoftext|> after ev
 documents are shuffled. A run that was killed continues where it was when started again.
 """
 
+import os
 import signal
 import sys
 
 if __name__ == "__main__":  # Ctrl-C ends the run with exit code 130, also during the imports below
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
 import hashlib
 import json
 import multiprocessing
-import os
 from pathlib import Path
 
 import datasets

@@ -4,11 +4,12 @@ The model is out_dir/best.pt, or the one that --init_from names (gpt2, ... or a 
 --prompt FILE:PATH takes the prompt from a text file.
 """
 
+import os
 import signal
 import sys
 
 if __name__ == "__main__":  # Ctrl-C ends the run with exit code 130, also during the imports below
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
 from pathlib import Path

@@ -14,7 +14,9 @@ batch. Gradient accumulation makes a batch of any size from micro-batches that f
 run may be killed at any moment: --init_from resume, or torchrun --max-restarts, continues it (on a
 CPU bit for bit; some kernels of a GPU add in no fixed order). prepare.py tokenizes the text to
 train on; sample.py, hellaswag.py and export_hf.py use the trained model. nanoGPT's recipe, which
-reaches a loss of 2.85, trains with --no-bias --skip_zscore 0.
+reaches a loss of 2.85, trains with --no-bias --skip_zscore 0. On a CPU, a run takes as little as
+half the time if glibc keeps freed memory: set the environment variables MALLOC_MMAP_MAX_=0 and
+MALLOC_TRIM_THRESHOLD_=2147483647.
 
 Try:     --init_from gpt2 --eval_only (what is the loss of OpenAI's weights on this text?)
          your own text (python prepare.py -h), then --init_from gpt2 --learning_rate 0.00003
@@ -22,17 +24,17 @@ Source:  Radford et al. 2019, "Language models are unsupervised multitask learne
          Li et al. 2020, "PyTorch distributed: experiences on accelerating data parallel training".
 """
 
+import os
 import signal
 import sys
 
 if __name__ == "__main__":  # Ctrl-C ends the run with exit code 130, also during the imports below
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
 import functools
 import json
 import math
-import os
 import resource
 import socket
 import time
@@ -110,7 +112,7 @@ def minibatches(args, tokens, iter_num, device):
     """Yield this process's micro-batches x, y (B, T) forever, from iteration iter_num on.
 
     The p-th sequence of a run depends on (seed, p) alone: every epoch is a random permutation of
-    all blocks of T tokens, which the processes share out. So no block is repeated in an epoch, the
+    all blocks of T tokens, divided among the processes. So no block is repeated in an epoch, the
     data do not depend on the number of processes, and iter_num tells where to resume.
     """
     n_blocks = len(tokens) // args.block_size - 1  # one less: every epoch has another offset
@@ -131,7 +133,7 @@ def minibatches(args, tokens, iter_num, device):
 
 
 def to_device(ids, device):
-    """Return a copy of a numpy array on the device; a GPU copies it while the CPU goes on."""
+    """Return a copy of a numpy array on the device; the copy to a GPU is asynchronous."""
     ids = torch.tensor(ids)
     return ids.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ids
 
@@ -141,9 +143,9 @@ def to_device(ids, device):
 class CausalSelfAttention(nn.Module):
     """Each position attends to itself and to the positions before it, (B, T, C) to (B, T, C).
 
-    Linear maps give each position a query q, a key k and a value v. The dot product of a query and
-    a key scores how relevant that position is; softmax turns the scores into the weights of a mean
-    over the values. Each of H heads has its own, so that a position can attend to several others.
+    Linear maps give each position a query q, a key k and a value v. The dot product of one's query
+    with another's key scores how relevant the other is; softmax turns the scores into weights of a
+    mean over the values. Each of H heads has its own q, k, v: a position can attend in H ways.
     """
 
     def __init__(self, args):
@@ -207,7 +209,7 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(args.n_embd, bias=args.bias)
         self.lm_head = nn.Linear(args.n_embd, vocab_size, bias=False)
         self.dropout = nn.Dropout(args.dropout)  # zeroes this fraction of its input in training
-        self.lm_head.weight = self.wte.weight  # weight tying: a token's logit is a dot product
+        self.lm_head.weight = self.wte.weight  # weight tying: logit = x . embedding
         for name, p in self.named_parameters():
             if p.ndim == 2:
                 nn.init.normal_(p, std=0.02)
@@ -244,8 +246,8 @@ def compile_model(args, model):
 
 def flops_per_token(args):
     """Return the floating-point operations per token, forward and backward (PaLM, appendix B)."""
-    n_matrices = 12 * args.n_layer * args.n_embd**2 + args.vocab_size * args.n_embd
-    return 6 * n_matrices + 12 * args.n_layer * args.n_embd * args.block_size
+    n_params = 12 * args.n_layer * args.n_embd**2 + args.vocab_size * args.n_embd  # in matrices
+    return 6 * n_params + 12 * args.n_layer * args.n_embd * args.block_size
 
 
 def transpose_conv1d(name, tensor):
@@ -360,7 +362,7 @@ def generate(args, model, ids, use_cache=True):
     no autocast: for one token at a time, casting the weights takes longer than it saves.
     """
     model.eval()
-    generator = torch.Generator(ids.device).manual_seed(args.seed)  # not that of training
+    generator = torch.Generator(ids.device).manual_seed(args.seed)  # not the generator of training
     start, cache = max(0, ids.shape[1] - args.block_size), None
     for _ in range(args.max_new_tokens):
         if ids.shape[1] - start > args.block_size:
@@ -756,6 +758,7 @@ def train(args, signals=None):
             raise FloatingPointError(f"{problem}: lower --learning_rate {args.learning_rate}")
         shown = {key: f"{value:.4g}" for key, value in speed.items()}
         bar.set_postfix(loss=f"{loss:.4f}", **shown, refresh=False)
+        # A loss far above the last 100, a spike, gets no update; nor does an infinite gradient.
         z = (loss - np.mean(losses)) / (np.std(losses) + 1e-9) if len(losses) == 100 else 0.0
         skip = z > args.skip_zscore > 0 or not math.isfinite(grad_norm)
         if skip and is_main_process:
@@ -768,7 +771,7 @@ def train(args, signals=None):
                 scaler.step(optimizer)
             optimizer.zero_grad()
         scaler.update()
-        losses[:] = [*losses[-99:], loss]
+        losses[:] = [*losses[-99:], loss]  # in place: the list is part of state
         tokens = (iter_num + 1 - since_iter) * args.total_batch_tokens
         speed = measure_speed(args, tokens, time.perf_counter() - since, device)
         if iter_num == start_iter:  # its time includes compilation
@@ -827,23 +830,23 @@ def parse_args(argv=None):
     flag("--n_layer", type=number(int, 1), help="number of blocks")
     flag("--n_head", type=number(int, 1), help="attention heads; divides n_embd")
     flag("--n_embd", type=number(int, 1), help="size of an embedding")
-    flag("--dropout", type=number(float, 0, 0.99), default=0.0, help="fraction of units zeroed")
+    flag("--dropout", type=number(float, 0, 0.99), default=0.0, help="usually 0 to 0.5")
     switch = argparse.BooleanOptionalAction
     flag("--bias", action=switch, default=True, help="as in GPT-2; nanoGPT trains without")
     flag = parser.add_argument_group("optimizer").add_argument
     flag("--optimizer", choices=("muon", "adamw"), default="adamw", help="adamw: nanoGPT's recipe")
-    flag("--learning_rate", type=number(float, 0), help="peak of the schedule")
-    flag("--min_lr", type=number(float, 0), help="end of the schedule; often learning_rate / 10")
-    flag("--warmup_iters", type=number(int, 0), help="updates of linear warm-up")
+    flag("--learning_rate", type=number(float, 0), help="peak; usually 1e-4 to 1e-2")
+    flag("--min_lr", type=number(float, 0), help="end of the schedule; usually learning_rate / 10")
+    flag("--warmup_iters", type=number(int, 0), help="linear warm-up; usually 1-10%%")
     flag("--lr_decay_iters", type=number(int, 0), default=0, help="updates to min_lr; 0: max_iters")
     flag("--max_iters", type=number(int, 1), help="number of parameter updates")
-    flag("--weight_decay", type=number(float, 0), default=0.1, help="of matrices; often 0.1")
+    flag("--weight_decay", type=number(float, 0), default=0.1, help="of matrices; usually 0.01-0.5")
     flag("--beta1", type=number(float, 0, 0.9999), default=0.9, help="momentum; also Muon's")
     flag("--beta2", type=number(float, 0, 0.9999), default=0.95, help="AdamW's second moment")
     flag("--grad_clip", type=number(float, 0), default=1.0, help="maximum gradient norm; 0: off")
     flag("--skip_zscore", type=number(float, 0), default=6.0, help="skip loss spikes; 0: never")
     flag = parser.add_argument_group("sampling").add_argument
-    flag("--prompt", default="\n", help="start of the samples")
+    flag("--prompt", default="\n", help="start of the samples, by default a newline")
     flag("--stop", default="<|endoftext|>", help="text after which a sample ends")
     flag("--num_samples", type=number(int, 1), default=1, help="samples, written in one batch")
     flag("--max_new_tokens", type=number(int, 0), default=100, help="tokens per sample")
