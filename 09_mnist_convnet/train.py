@@ -51,8 +51,8 @@ def load_data(args):
                 raise ValueError("the numbers of images and labels differ")
         except (AssertionError, OSError, RuntimeError, ValueError) as error:
             raise OSError(
-                f"{args.data_dir}/MNIST/raw/{name}-*: missing or broken ({error!r:.100}); put "
-                f"MNIST's files there, or stand-ins: python tests/standins.py {args.data_dir}"
+                f"{args.data_dir}/MNIST/raw/{name}-*: missing or broken ({str(error)[-80:]!r}); "
+                f"put MNIST there, or stand-ins: python tests/standins.py {args.data_dir}"
             ) from error
         datasets.append(dataset)
     pixels = [dataset.data[:, None] / 255 for dataset in datasets]  # (N, 1, 28, 28), 0 to 1

@@ -58,8 +58,8 @@ def load_data(args, device):
                 raise ValueError("the numbers of images and labels differ")
         except (AssertionError, OSError, RuntimeError, ValueError) as error:
             raise OSError(
-                f"{args.data_dir}/MNIST/raw/{name}-*: missing or broken ({error!r:.100}); put "
-                f"MNIST's files there, or stand-ins: python tests/standins.py {args.data_dir}"
+                f"{args.data_dir}/MNIST/raw/{name}-*: missing or broken ({str(error)[-80:]!r}); "
+                f"put MNIST there, or stand-ins: python tests/standins.py {args.data_dir}"
             ) from error
         datasets.append(dataset)
     # Copied to the device once; as uint8 all of MNIST takes 55 MB, a quarter of float32's size.
