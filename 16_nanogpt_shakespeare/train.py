@@ -483,7 +483,7 @@ def train(args, signals=None):
             break
 
         # Random minibatches give unbiased estimates of the full gradient at a fraction of its cost.
-        torch.manual_seed((args.seed << 32) + iter_num)  # the same numbers in a resumed run
+        torch.manual_seed(args.seed * 1_000_003 + iter_num)  # the same numbers in a resumed run
         x, y = next(batches)
         with autocast(args):
             logits = compiled(x)

@@ -738,7 +738,7 @@ def train(args, signals=None):
             break
 
         # For dropout: each process has its own random numbers, a resumed run the same again.
-        torch.manual_seed((args.seed << 32) + iter_num * args.world_size + args.rank)
+        torch.manual_seed(args.seed * 1_000_003 + iter_num * args.world_size + args.rank)
         loss = torch.zeros((), device=device)
         for i in range(n_micro_batches):
             average_gradients(forward, i == n_micro_batches - 1)

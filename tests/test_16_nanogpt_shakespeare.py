@@ -162,7 +162,7 @@ def test_training_is_the_recipe(optimizer, standins, tmp_path):
         groups = [{"params": group, "weight_decay": w} for group, w in zip(groups, (0.1, 0.0))]
         optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.99))]
     for i in range(8):
-        torch.manual_seed((args.seed << 32) + i)
+        torch.manual_seed(args.seed * 1_000_003 + i)
         x, y = next(batches)
         loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
         model.zero_grad()
@@ -390,6 +390,16 @@ def test_killed_and_resumed_is_bit_identical(standins, tmp_path):  # Muon's stat
     assert_equal(state_of(tmp_path / "killed/last.pt"), state_of(tmp_path / "whole/last.pt"))
     iters = [[r["iter"] for r in records(tmp_path / name)] for name in ("killed", "whole")]
     assert iters[0] == iters[1]
+
+
+def test_every_iteration_of_every_seed_has_its_own_minibatch(standins, tmp_path, monkeypatch):
+    real, used = torch.manual_seed, []
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: used.append(seed) or real(seed))
+    for seed in (1, 2):
+        flags = [*tiny_flags(STEP, standins, tmp_path), "--seed", str(seed), "--device", "cpu"]
+        step.train(step.parse_args(flags))
+    used = [seed % 2**32 for seed in used if seed > 2]  # a CPU ignores the higher bits
+    assert len(used) == len(set(used)) == 2 * 6
 
 
 def test_a_signal_saves_and_resume_goes_on(standins, tmp_path):
