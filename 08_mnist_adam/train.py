@@ -80,11 +80,12 @@ def minibatches(dataset, batch_size):
 class MLP(nn.Module):
     """Maps x (B, D) to logits (B, C) through n_layer hidden layers of n_hidden units."""
 
-    def __init__(self, n_inputs, n_hidden, n_layer, n_classes):
+    def __init__(self, n_inputs, n_hidden, n_layer, n_classes, dropout):
         super().__init__()
         sizes = [n_inputs] + n_layer * [n_hidden]
         self.hidden = nn.ModuleList(nn.Linear(n_in, n_out) for n_in, n_out in pairwise(sizes))
         self.out = nn.Linear(sizes[-1], n_classes)
+        self.dropout = nn.Dropout(dropout)  # zeroes this fraction of its input in training
         for param in self.parameters():
             nn.init.zeros_(param)
         for layer in self.hidden:
@@ -92,7 +93,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         for layer in self.hidden:
-            x = F.relu(layer(x))  # (B, n_hidden)
+            x = self.dropout(F.relu(layer(x)))  # (B, n_hidden)
         return self.out(x)  # (B, C)
 
 
@@ -131,8 +132,10 @@ class OptaxOptimizer:
 @torch.no_grad()
 def evaluate(model, dataset, name):
     """Return {name}_loss, in nats, and {name}_accuracy, a fraction, on a TensorDataset."""
+    model.eval()  # no dropout
     x, y = dataset.tensors
     logits = torch.cat([model(chunk) for chunk in x.split(1000)])  # (N, C)
+    model.train()
     accuracy = (logits.argmax(dim=1) == y).float().mean().item()
     return {f"{name}_loss": F.cross_entropy(logits, y).item(), f"{name}_accuracy": accuracy}
 
@@ -155,7 +158,7 @@ def train(args):
     train_set, test_set = load_data(args)
     train_eval = TensorDataset(*train_set[: len(test_set)])  # as many images as the test set has
     batches = minibatches(train_set, args.batch_size)
-    model = MLP(28 * 28, args.n_hidden, args.n_layer, 10)
+    model = MLP(28 * 28, args.n_hidden, args.n_layer, 10, args.dropout)
     warmup = min(args.warmup_iters, args.max_iters - 1)
     schedule = optax.warmup_cosine_decay_schedule(0, args.learning_rate, warmup, args.max_iters)
     optimizer = OptaxOptimizer(model.parameters(), optax.adam(schedule))
@@ -214,6 +217,7 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("model").add_argument
     flag("--n_layer", type=number(int, 0), default=2, help="number of hidden layers")
     flag("--n_hidden", type=number(int, 1), default=800, help="units per hidden layer")
+    flag("--dropout", type=number(float, 0, 0.99), default=0.3, help="usually 0 to 0.5")
     flag = parser.add_argument_group("optimizer").add_argument
     flag("--learning_rate", type=number(float, 0), default=2e-3, help="peak; usually 1e-4 to 1e-2")
     flag("--warmup_iters", type=number(int, 0), default=200, help="linear warm-up; usually 1-10%%")

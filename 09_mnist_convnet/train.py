@@ -80,12 +80,13 @@ def augment(x, shift):
 class ConvNet(nn.Module):
     """Maps images x (B, 1, 28, 28) to logits (B, C): two convolutions, two linear layers."""
 
-    def __init__(self, n_classes):
+    def __init__(self, n_classes, dropout):
         super().__init__()
         self.conv_1 = nn.Conv2d(1, 16, 5, padding=2)
         self.conv_2 = nn.Conv2d(16, 32, 5, padding=2)
         self.hidden = nn.Linear(32 * 7 * 7, 128)
         self.out = nn.Linear(128, n_classes)
+        self.dropout = nn.Dropout(dropout)  # zeroes this fraction of its input in training
         for param in self.parameters():
             nn.init.zeros_(param)
         for layer in (self.conv_1, self.conv_2, self.hidden):
@@ -94,7 +95,7 @@ class ConvNet(nn.Module):
     def forward(self, x):
         x = F.max_pool2d(F.relu(self.conv_1(x)), 2)  # (B, 16, 14, 14)
         x = F.max_pool2d(F.relu(self.conv_2(x)), 2)  # (B, 32, 7, 7)
-        x = F.relu(self.hidden(x.flatten(1)))  # (B, 128)
+        x = self.dropout(F.relu(self.hidden(x.flatten(1))))  # (B, 128)
         return self.out(x)  # (B, C)
 
 
@@ -133,8 +134,10 @@ class OptaxOptimizer:
 @torch.no_grad()
 def evaluate(model, dataset, name):
     """Return {name}_loss, in nats, and {name}_accuracy, a fraction, on a TensorDataset."""
+    model.eval()  # no dropout
     x, y = dataset.tensors
     logits = torch.cat([model(chunk) for chunk in x.split(1000)])  # (N, C)
+    model.train()
     accuracy = (logits.argmax(dim=1) == y).float().mean().item()
     return {f"{name}_loss": F.cross_entropy(logits, y).item(), f"{name}_accuracy": accuracy}
 
@@ -157,7 +160,7 @@ def train(args):
     train_set, test_set = load_data(args)
     train_eval = TensorDataset(*train_set[: len(test_set)])  # as many images as the test set has
     batches = minibatches(train_set, args.batch_size)
-    model = ConvNet(10)
+    model = ConvNet(10, args.dropout)
     warmup = min(args.warmup_iters, args.max_iters - 1)
     schedule = optax.warmup_cosine_decay_schedule(0, args.learning_rate, warmup, args.max_iters)
     optimizer = OptaxOptimizer(model.parameters(), optax.adam(schedule))
@@ -214,6 +217,8 @@ def parse_args(argv=None):
     flag("--data_dir", type=Path, default=data_dir, help="directory that holds MNIST/raw/")
     flag("--shift", type=number(int, 0, 27), default=2, help="maximum random shift, in pixels")
     flag("--batch_size", type=number(int, 1), default=128, help="examples per minibatch")
+    flag = parser.add_argument_group("model").add_argument
+    flag("--dropout", type=number(float, 0, 0.99), default=0.3, help="usually 0 to 0.5")
     flag = parser.add_argument_group("optimizer").add_argument
     flag("--learning_rate", type=number(float, 0), default=2e-3, help="peak; usually 1e-4 to 1e-2")
     flag("--warmup_iters", type=number(int, 0), default=200, help="linear warm-up; usually 1-10%%")

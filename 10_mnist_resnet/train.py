@@ -8,7 +8,7 @@ Gone:    ConvNet
 A residual block computes relu(x + f(x)): the skip connection carries gradients around f to early
 layers, so that deeper networks still train. Batch norm normalizes each channel over the minibatch,
 whatever the initialization (and makes biases before it redundant); in evaluation it uses running
-averages. Global average pooling replaces the large hidden layer.
+averages. Global average pooling replaces the large hidden layer and its dropout.
 
 Try:     --n_layer 4, then without skip connections (0 * self.shortcut(x), the zeros_ line deleted)
 Source:  He et al. 2016, "Deep residual learning for image recognition"; Ioffe and Szegedy 2015,

@@ -310,7 +310,7 @@ def train(args):
             if iter_num == args.max_iters:
                 break
 
-        # A minibatch gives an unbiased estimate of the full gradient, at a fraction of its cost.
+        # Random minibatches give unbiased estimates of the full gradient at a fraction of its cost.
         x, y = next(batches)
         clock.mark("data")
         with autocast(args):

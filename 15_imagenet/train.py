@@ -606,11 +606,11 @@ def train(args, signals=None):
         if iter_num == args.max_iters:
             break
 
-        # A minibatch gives an unbiased estimate of the full gradient, at a fraction of its cost.
+        # Random minibatches give unbiased estimates of the full gradient at a fraction of its cost.
         before = time.perf_counter()
         x, y = next(batches)
         waited += time.perf_counter() - before
-        torch.manual_seed((args.seed << 32) + iter_num)  # the same numbers in a resumed run
+        torch.manual_seed(args.seed * 1_000_003 + iter_num)  # the same numbers in a resumed run
         x, y = (tensor.to(device, non_blocking=True) for tensor in (x, y))
         x, y = augment(args, x, y, stats, len(names))
         with autocast(args):

@@ -40,8 +40,10 @@ def run(step, data_dir, out_dir, *flags):
 
 def new_model(step, args):
     if step in (step_07, step_08):
-        return step.MLP(28 * 28, args.n_hidden, args.n_layer, 10)
-    return step.ConvNet(10) if step is step_09 else step.ResNet(args.n_channel, args.n_layer, 10)
+        return step.MLP(28 * 28, args.n_hidden, args.n_layer, 10, args.dropout)
+    if step is step_09:
+        return step.ConvNet(10, args.dropout)
+    return step.ResNet(args.n_channel, args.n_layer, 10)
 
 
 def warmup_cosine(i, args):
@@ -238,7 +240,7 @@ class Probe(nn.Module):
 @pytest.mark.parametrize("step", MNIST_STEPS, ids=name)
 def test_evaluation_measures_all_examples_in_chunks_and_without_a_graph(step):
     torch.manual_seed(0)
-    model = Probe(0.5 if step is step_10 else 0)  # only step 10 has modes to switch
+    model = Probe(0.5)  # off in evaluation
     x, y = torch.randn(2500, 6), torch.randint(3, (2500,))
     measured = step.evaluate(model, TensorDataset(x, y), "test")
     logits = model.out(x)
@@ -269,7 +271,7 @@ def test_weights_have_variance_2_over_n_and_all_else_is_zero(step):
 
 def test_09_is_two_convolutions_with_pooling_then_two_linear_layers():
     torch.manual_seed(0)
-    model = step_09.ConvNet(7)
+    model = step_09.ConvNet(7, dropout=0.5).eval()
     for param in model.parameters():
         param.data += 0.1 * torch.randn(param.shape)
     plain = nn.Sequential(
@@ -284,7 +286,7 @@ def test_09_is_two_convolutions_with_pooling_then_two_linear_layers():
 
 
 def test_09_shifted_image_gives_shifted_feature_map():
-    model = step_09.ConvNet(10)
+    model = step_09.ConvNet(10, dropout=0)
     x = torch.zeros(1, 1, 28, 28)
     x[:, :, 8:16, 8:16] = torch.rand(8, 8)
 
