@@ -175,7 +175,7 @@ def parse_args(argv=None):
     flag("--dropout", type=number(float, 0, 0.99), default=0.3, help="usually 0 to 0.5")
     flag = parser.add_argument_group("optimizer").add_argument
     flag("--learning_rate", type=number(float, 0), default=0.2, help="usually 0.001 to 0.5")
-    flag("--max_iters", type=number(int, 1), default=5000, help="number of parameter updates")
+    flag("--max_iters", type=number(int, 1), default=6500, help="number of parameter updates")
     flag = parser.add_argument_group("logging").add_argument
     flag("--eval_interval", type=number(int, 1), default=500, help="iterations between evaluations")
     flag("--out_dir", type=Path, default=Path(__file__).parent / "out", help="output directory")

@@ -221,7 +221,7 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("optimizer").add_argument
     flag("--learning_rate", type=number(float, 0), default=2e-3, help="peak; usually 1e-4 to 1e-2")
     flag("--warmup_iters", type=number(int, 0), default=200, help="linear warm-up; usually 1-10%%")
-    flag("--max_iters", type=number(int, 1), default=5000, help="number of parameter updates")
+    flag("--max_iters", type=number(int, 1), default=6500, help="number of parameter updates")
     flag = parser.add_argument_group("logging").add_argument
     flag("--eval_interval", type=number(int, 1), default=500, help="iterations between evaluations")
     flag("--out_dir", type=Path, default=Path(__file__).parent / "out", help="output directory")
