@@ -162,7 +162,7 @@ def test_missing_mnist_says_what_to_do(step, tmp_path, no_network):
     code, errors = run_main(step, "--data_dir", tmp_path / "data", "--out_dir", tmp_path / "out")
     assert code == 2
     raw = tmp_path / "data" / "MNIST" / "raw"
-    assert_one_line(errors, raw, "downloading", f"tests/standins.py {tmp_path / 'data'}")
+    assert_one_line(errors, raw, "no network", f"tests/standins.py {tmp_path / 'data'}")
     assert not (tmp_path / "out").exists()
 
 
