@@ -300,7 +300,7 @@ def train(args):
     model.lm_head.bias.data = torch.log(counts / counts.sum())
     warmup = min(args.warmup_iters, args.max_iters - 1)
     schedule = optax.warmup_cosine_decay_schedule(0, args.learning_rate, warmup, args.max_iters)
-    # AdamW: matrices shrink by lr * weight_decay * w, outside of Adam's moments. b2: a short run.
+    # AdamW also subtracts lr * weight_decay * w from matrices; b2 = 0.99 adapts faster than 0.999.
     matrices = [p.ndim == 2 for p in model.parameters()]
     tx = optax.adamw(schedule, b2=0.99, weight_decay=args.weight_decay, mask=matrices)
     optimizer = OptaxOptimizer(model.parameters(), tx)
