@@ -71,5 +71,6 @@ def runs_alone(request, standins, tmp_path_factory):
     mine = [i for i in request.session.items if "copied_alone" in i.name]
     steps = [item.callspec.params["step"] for item in mine]
     pool = ThreadPoolExecutor(1)
-    yield {step: pool.submit(run, step, tmp_path_factory.mktemp(step)) for step in steps}
+    folders = {step: tmp_path_factory.mktemp(Path(step).name) for step in steps}
+    yield {step: pool.submit(run, step, folder) for step, folder in folders.items()}
     pool.shutdown(cancel_futures=True)

@@ -49,7 +49,7 @@ class Lesson:
 
     folder: str  # relative to the root
     source: str
-    picture: bytes
+    pictures: dict  # {file name: content}, loss.png first
     scripts: dict  # {file name: source} of the other programs beside train.py
 
     def __post_init__(self):
@@ -70,12 +70,13 @@ def find_lessons(root):
     lessons = {}
     for pattern in ("[0-9][0-9]_*", "electives/*"):
         for path in sorted(root.glob(f"{pattern}/train.py")):
-            picture, folder = path.with_name("loss.png"), path.parent
+            folder = path.parent
+            pictures = sorted(folder.glob("*.png"), key=lambda p: (p.name != "loss.png", p.name))
             others = sorted({*folder.glob("*.py")} - {path, path.with_name("plot.py")})
             lessons[folder.name] = Lesson(
                 folder.relative_to(root).as_posix(),
                 path.read_text(encoding="utf-8"),
-                picture.read_bytes() if picture.exists() else b"",
+                {picture.name: picture.read_bytes() for picture in pictures},
                 {other.name: other.read_text(encoding="utf-8") for other in others},
             )
     for lesson in lessons.values():
@@ -369,14 +370,16 @@ def html_lesson(lesson, lessons, row):
         added, removed, kept = lesson.size()
         path += f": {html_count(added, removed)} against {lesson.parents[0].name}, "
         path += f"{kept:.0%} of it kept <meter value={kept:.3f}></meter>"
-    picture = base64.b64encode(lesson.picture).decode()
-    picture = f'<img alt="loss.png" src="data:image/png;base64,{picture}">' if picture else ""
+    pictures = ""
+    for name, content in lesson.pictures.items():
+        encoded = base64.b64encode(content).decode()
+        pictures += f'<img alt="{name}" src="data:image/png;base64,{encoded}">'
     html = (
         f'<section class=lesson id="{lesson.anchor}"><p class=path>{path}</p>'
         f"<h2>{escape(lesson.docstring.splitlines()[0].rstrip('.'))}</h2>"
         f"<p class=idea>{html_markdown(row.get('idea', ''), lessons)}</p>"
         f"<div class=about><div>{html_docstring(lesson, lessons)}"
-        f"<dl class=facts>{''.join(facts)}</dl></div>{picture}</div>\n"
+        f"<dl class=facts>{''.join(facts)}</dl></div><div>{pictures}</div></div>\n"
     )
     for section, pieces in groupby(lesson.pieces, lambda piece: piece.section):
         html += f"<h3>{escape(section)}</h3>\n" if section else ""
@@ -584,7 +587,7 @@ document.getElementById("theme").onclick = switchTheme;
 document.getElementById("unfold").onclick = unfold;
 document.getElementById("menu").onclick = () => nav.classList.toggle("open");
 nav.addEventListener("click", e => { if (e.target.closest("a")) nav.classList.remove("open"); });
-all(".about img").forEach(e => e.onclick = () => e.parentNode.classList.toggle("wide"));
+all(".about img").forEach(e => e.onclick = () => e.closest(".about").classList.toggle("wide"));
 addEventListener("scroll", showPlace, {passive: true});
 addEventListener("hashchange", openTarget);
 const wanted = new URLSearchParams(location.search).get("theme");

@@ -1,4 +1,4 @@
-"""What the tests share: the steps found on disk, how to import one, how to run one."""
+"""What the tests share: steps and electives found on disk, how to import one, how to run one."""
 
 import ast
 import contextlib
@@ -15,8 +15,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = sorted(path.parent.name for path in ROOT.glob("[0-9][0-9]_*/train.py"))
+ELECTIVES = sorted(f"electives/{path.parent.name}" for path in ROOT.glob("electives/*/train.py"))
+FOLDERS = STEPS + ELECTIVES
 
-# Flags that make a step's run last about a second. A step without a line here fails its tests.
+# Flags that make a run last about a second. A folder without a line here fails its tests.
 TINY = {
     "01_linreg_numpy": "--n_examples 500 --max_iters 20 --eval_interval 10",
     "02_linreg_torch": "--n_examples 500 --max_iters 20 --eval_interval 10",
@@ -72,8 +74,9 @@ def plot_of(folder):
 
 @functools.cache
 def load_step(step):
-    """Import a step's train.py as a module of its own; "07" is enough of a name."""
-    (step,) = [name for name in STEPS if name.startswith(step)]
+    """Import a step's train.py as a module of its own; "07" is enough of a step's name."""
+    if step not in ELECTIVES:
+        (step,) = [name for name in STEPS if name.startswith(step)]
     spec = importlib.util.spec_from_file_location(f"step_{step}", ROOT / step / "train.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     with plot_of(ROOT / step):

@@ -5,7 +5,7 @@ import re
 import shlex
 
 import pytest
-from steps import ROOT, STEPS, definitions, load_step, source
+from steps import FOLDERS, ROOT, STEPS, definitions, load_step, source
 
 # Readers learn the field's language here, so the project writes the terms that a textbook has and
 # a search finds, and American spelling. These words of earlier drafts are not to come back.
@@ -45,7 +45,8 @@ OLD_NAMES = set(
     "best_loss train_part made_by OptaxAdam start_run log_interval talks whole turned sharded_like "
     "asked wave made about".split()
 )
-READ = [*sorted(ROOT.glob("[0-9][0-9]_*/*.py")), ROOT / "README.md"]
+PROGRAMS = [*ROOT.glob("[0-9][0-9]_*/*.py"), *ROOT.glob("electives/*/*.py")]
+READ = [*sorted(PROGRAMS), ROOT / "README.md"]
 
 HEADERS = re.compile(r"^(Parent|New|Changed|Gone): +(.*(?:\n {9}\S.*)*)", re.M)
 
@@ -61,14 +62,14 @@ def test_the_steps_are_numbered_without_a_gap():
     assert [int(step[:2]) for step in STEPS] == list(range(1, len(STEPS) + 1))
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", FOLDERS)
 def test_docstring_tells_the_truth_about_the_parent(step):
     told = header(step)
     if step.startswith("01"):
         assert told == {"Parent": ["none"], "New": [], "Changed": [], "Gone": []}
         return
     assert told["Parent"], f"{step} declares no parent"
-    assert all(parent in STEPS and parent < step for parent in told["Parent"])
+    assert all(parent in FOLDERS and parent < step for parent in told["Parent"])
     mine, theirs = definitions(step), [definitions(parent) for parent in told["Parent"]]
     inherited = {name for name in mine if any(name in parent for parent in theirs)}
     copied = {n for n in inherited if any(parent.get(n) == mine[n] for parent in theirs)}
@@ -77,7 +78,7 @@ def test_docstring_tells_the_truth_about_the_parent(step):
     assert sorted(told["Gone"]) == sorted(theirs[0].keys() - mine.keys())
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", FOLDERS)
 def test_definitions_keep_their_parents_order(step):
     names = list(definitions(step))
     for parent in header(step)["Parent"][:1]:
@@ -85,7 +86,7 @@ def test_definitions_keep_their_parents_order(step):
         assert [name for name in names if name in shared] == shared
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", FOLDERS)
 def test_sections_stand_in_the_fixed_order(step):
     order = ["data", "model", "optimizer", "evaluation", "checkpoint", "training", "command line"]
     sections = re.findall(r"^# -{10} (.+) -{10}$", source(step), re.M)
@@ -96,7 +97,7 @@ def test_sections_stand_in_the_fixed_order(step):
     assert all(re.match(r"\S", line) for line in below)  # a section starts under its ruler
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", FOLDERS)
 def test_plot_is_the_same_but_for_title_and_panels(step):
     def common(name):
         text = (ROOT / name / "plot.py").read_text()
@@ -105,7 +106,7 @@ def test_plot_is_the_same_but_for_title_and_panels(step):
     assert common(step) == common(STEPS[0])
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", FOLDERS)
 def test_every_flag_is_read(step):
     flags = re.findall(r'flag\(\s*"--(\w+)"', source(step))
     tree = ast.parse(source(step))
@@ -119,7 +120,7 @@ def test_every_flag_is_read(step):
     assert set(flags) <= read | {"recipe"}  # which is a name for values of other flags
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", FOLDERS)
 def test_what_the_docstring_says_to_try_is_a_command_line(step):
     doc = ast.get_docstring(ast.parse(source(step)))
     flag = r"--\w[\w-]*(?: (?!--)[\w\":]+(?:\.\w+)*)?"
@@ -130,7 +131,7 @@ def test_what_the_docstring_says_to_try_is_a_command_line(step):
         load_step(step).parse_args(shlex.split(group))  # leaves with an error where it is none
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", FOLDERS)
 def test_ctrl_c_is_handled_before_the_slow_imports(step):
     def head(name):
         body = ast.parse(source(name)).body
@@ -158,17 +159,18 @@ def test_the_words_are_the_fields_own(path):
         assert not names & OLD_NAMES
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", FOLDERS)
 def test_a_step_imports_nothing_from_the_repository(step):
     tree = ast.parse(source(step))
     modules = [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
     modules += [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
-    own = {"tests", "steps", "standins", "conftest", *STEPS}
+    own = {"tests", "steps", "standins", "conftest", "electives", *STEPS}
     assert not own & {module.split(".")[0] for module in modules}
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", FOLDERS)
 def test_the_picture_is_there_and_small(step):
-    picture = (ROOT / step / "loss.png").read_bytes()
-    assert picture.startswith(b"\x89PNG")
-    assert len(picture) <= 60 * 1024
+    assert (ROOT / step / "loss.png").exists()
+    for path in (ROOT / step).glob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert path.stat().st_size <= 60 * 1024

@@ -6,10 +6,11 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import review
-from steps import ROOT, STEPS, definitions, source
+from steps import FOLDERS, ROOT, STEPS, definitions, source
 
 DOCSTRING = '"""Step {}.\n\nParent:  {}\n\nText.\n"""\n'
 
@@ -81,24 +82,25 @@ def plant(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", FOLDERS)
 def test_every_line_of_a_step_is_on_the_page(page, step):
-    tree = ast.parse(source(step))
+    tree, anchor = ast.parse(source(step)), f"step-{Path(step).name}"
     shown = {}
     for name, piece in page.pieces.items():
-        if name.startswith(f"step-{step}.") and piece["status"] in ("new", "copied", "changed"):
+        if name.startswith(f"{anchor}.") and piece["status"] in ("new", "copied", "changed"):
             shown |= piece["new"]
     for number, line in enumerate(source(step).splitlines(), 1):
         if number > tree.body[0].end_lineno and line and not review.RULER.match(line):
             assert shown[number] == line
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", FOLDERS)
 def test_definitions_are_whole_and_compared_with_the_parents(page, step):
     declared = re.search(r"^Parent: +(.*)", source(step), re.M)[1]
     parents = [definitions(name) for name in declared.split(" + ") if name != "none"]
+    anchor = f"step-{Path(step).name}"
     for name, code in definitions(step).items():
-        piece = page.pieces[f"step-{step}.{name}"]
+        piece = page.pieces[f"{anchor}.{name}"]
         others = [parent[name] for parent in parents if name in parent]
         expected = "new" if not others else "copied" if code in others else "changed"
         if expected == "copied" and "only the comments" in piece["text"]:
@@ -109,7 +111,7 @@ def test_definitions_are_whole_and_compared_with_the_parents(page, step):
             assert "\n".join(piece["old"].values()).endswith(tuple(others))
     missing = set(parents[0]) - set(definitions(step)) if parents else set()
     for name in missing:
-        piece = page.pieces[f"step-{step}.{name}"]
+        piece = page.pieces[f"{anchor}.{name}"]
         assert piece["status"] == "gone"
         assert "\n".join(piece["new"].values()).endswith(parents[0][name])
 
@@ -185,9 +187,10 @@ def test_cells_come_from_the_readme(plant, column):
 
 def test_steps_stand_in_order_with_picture_idea_result_and_size(html, page):
     lessons = re.findall(r'<section class=lesson id="step-(\w+)">(.*?)</section>', html, re.S)
-    assert [name for name, _ in lessons][: len(STEPS)] == STEPS
-    for name, text in lessons[: len(STEPS)]:
-        assert 'src="data:image/png;base64,' in text
+    assert [name for name, _ in lessons] == [Path(folder).name for folder in FOLDERS]
+    for folder, (name, text) in zip(FOLDERS, lessons):
+        pictures = {path.name for path in (ROOT / folder).glob("*.png")}
+        assert set(re.findall('<img alt="(.*?)" src="data:image/png;base64,', text)) == pictures
         assert "<dt>Result</dt>" in text and "<dt>Known</dt>" in text
         assert not re.search("<p class=idea></p>", text)
         assert ("of it kept" in text) == (name != STEPS[0])

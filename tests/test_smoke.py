@@ -1,13 +1,14 @@
-"""Every step runs: in process on a tiny configuration, and alone, from an empty folder."""
+"""Every folder runs: in process on a tiny configuration, and alone, from an empty folder."""
 
 import functools
 import io
 import json
 import re
 import time
+from pathlib import Path
 
 import pytest
-from steps import STEPS, load_plot, load_step, run_main, tiny_flags
+from steps import FOLDERS, STEPS, load_plot, load_step, run_main, tiny_flags
 
 TIMES = {"seconds", "images_per_second", "tokens_per_second", "mfu", "data_share", "memory_gib"}
 
@@ -26,7 +27,8 @@ def tiny_run(standins, tmp_path_factory):
 
     @functools.cache
     def run(step):
-        module, out_dir = load_step(step), tmp_path_factory.mktemp(step) / "new" / "out"
+        module, folder = load_step(step), tmp_path_factory.mktemp(Path(step).name)
+        out_dir = folder / "new" / "out"
         bars, screen, start = [], io.StringIO(), time.perf_counter()
 
         class Bar(module.tqdm):
@@ -42,7 +44,7 @@ def tiny_run(standins, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", FOLDERS)
 def test_tiny_run_leaves_what_it_should(step, tiny_run):
     final, out_dir, *_, seconds = tiny_run(step)
     logged = records(out_dir)
@@ -74,7 +76,7 @@ def test_the_bar_ends_at_100_percent(step, tiny_run):
     assert re.search(rf"100%\|#+\| {n}/{n} .*loss=", screen)
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", FOLDERS)
 def test_what_the_plot_shows_is_recorded(step, tiny_run):
     recorded = set().union(*records(tiny_run(step)[1]))
     for panel in load_plot(step).PANELS:
@@ -105,7 +107,7 @@ def test_plot_compares_runs(tiny_run, tmp_path, monkeypatch):
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", FOLDERS)
 def test_same_seed_same_metrics(step, tiny_run, standins, tmp_path):
     module, out_dirs = load_step(step), [tiny_run(step)[1], tmp_path / "same", tmp_path / "other"]
     out_dirs[1].mkdir()
@@ -118,7 +120,7 @@ def test_same_seed_same_metrics(step, tiny_run, standins, tmp_path):
     assert first != other
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", FOLDERS)
 def test_folder_runs_when_copied_alone(step, runs_alone):
     result, alone, elsewhere = runs_alone[step].result()
     assert result.returncode == 0, result.stderr
