@@ -170,6 +170,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)  # on so small a model a second thread costs more than it gains
     try:
         train(parse_args())
-    except (FloatingPointError, MemoryError, OSError) as error:
+    except (FloatingPointError, MemoryError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise  # a bug: the traceback shows where
         print(f"train.py: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -5,12 +5,12 @@ several are compared in compare.png in the current directory.
 """
 
 import json
+import math
+import os
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # draws into files, without a display
+os.environ["MPLBACKEND"] = "Agg"  # draws into files, without a display
 import matplotlib.pyplot as plt
 
 TITLE = "Step 06: multilayer perceptron with torch.nn"
@@ -25,8 +25,18 @@ PANELS = [
 
 
 def read_metrics(run):
-    """Return the records of a run's metrics.jsonl, a list of dicts."""
-    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    """Return the records of a run's metrics.jsonl, a list of dicts; damaged lines are skipped."""
+    records = []
+    for line in (Path(run) / "metrics.jsonl").read_text("utf-8", "replace").splitlines():
+        try:
+            record = json.loads(line)
+            if "iter" in record and all(map(math.isfinite, record.values())):
+                records.append(record)
+        except (AttributeError, TypeError, ValueError):  # half a line, or no object of numbers
+            continue
+    if not records:
+        raise ValueError(f"{run} has no records in metrics.jsonl")
+    return records
 
 
 def draw(runs, path):

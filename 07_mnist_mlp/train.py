@@ -44,18 +44,18 @@ def load_data(args):
     for name in ("train", "t10k"):
         try:
             dataset = MNIST(args.data_dir, train=name == "train", download=True)
-            if len(dataset.data) != len(dataset.targets):
-                raise ValueError("the numbers of images and labels differ")
+            x, y = dataset.data, dataset.targets
+            if x.shape != (len(y), 28, 28) or not x.any() or y.max() > 9:
+                raise ValueError("not 28 x 28 images with as many labels from 0 to 9")
         except (AssertionError, OSError, RuntimeError, ValueError) as error:
             raise OSError(
                 f"{args.data_dir}/MNIST/raw/{name}-*: missing or broken ({str(error)[-80:]!r}); "
                 f"put MNIST there, or stand-ins: python tests/standins.py {args.data_dir}"
             ) from error
-        datasets.append(dataset)
-    pixels = [dataset.data.flatten(1) / 255 for dataset in datasets]  # (N, 784), 0 to 1
+        datasets.append((x.flatten(1) / 255, y))  # x (N, 784), 0 to 1
     # Mean 0 and variance 1, the scale that the initialization preserves; from training images only.
-    mean, std = pixels[0].mean(), pixels[0].std()
-    return [TensorDataset((x - mean) / std, d.targets) for x, d in zip(pixels, datasets)]
+    mean, std = datasets[0][0].mean(), datasets[0][0].std()
+    return [TensorDataset((x - mean) / std, y) for x, y in datasets]
 
 
 def minibatches(dataset, batch_size):
@@ -187,6 +187,8 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     try:
         train(parse_args())
-    except (FloatingPointError, MemoryError, OSError) as error:
+    except (FloatingPointError, MemoryError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise  # a bug: the traceback shows where
         print(f"train.py: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -12,7 +12,7 @@ whatever the initialization; it makes biases before it redundant and a higher le
 
 Try:     --n_layer 4, then without skip connections (0 * self.shortcut(x), the zeros_ line deleted)
 Source:  He et al. 2016, "Deep residual learning for image recognition"; Ioffe and Szegedy 2015,
-         "Batch normalization"; Goyal et al. 2017, "Accurate, large minibatch SGD" (bn_2's zeros).
+         "Batch normalization".
 """
 
 import os
@@ -47,18 +47,18 @@ def load_data(args):
     for name in ("train", "t10k"):
         try:
             dataset = MNIST(args.data_dir, train=name == "train", download=True)
-            if len(dataset.data) != len(dataset.targets):
-                raise ValueError("the numbers of images and labels differ")
+            x, y = dataset.data, dataset.targets
+            if x.shape != (len(y), 28, 28) or not x.any() or y.max() > 9:
+                raise ValueError("not 28 x 28 images with as many labels from 0 to 9")
         except (AssertionError, OSError, RuntimeError, ValueError) as error:
             raise OSError(
                 f"{args.data_dir}/MNIST/raw/{name}-*: missing or broken ({str(error)[-80:]!r}); "
                 f"put MNIST there, or stand-ins: python tests/standins.py {args.data_dir}"
             ) from error
-        datasets.append(dataset)
-    pixels = [dataset.data[:, None] / 255 for dataset in datasets]  # (N, 1, 28, 28), 0 to 1
+        datasets.append((x[:, None] / 255, y))  # x (N, 1, 28, 28), 0 to 1
     # Mean 0 and variance 1, the scale that the initialization preserves; from training images only.
-    mean, std = pixels[0].mean(), pixels[0].std()
-    return [TensorDataset((x - mean) / std, d.targets) for x, d in zip(pixels, datasets)]
+    mean, std = datasets[0][0].mean(), datasets[0][0].std()
+    return [TensorDataset((x - mean) / std, y) for x, y in datasets]
 
 
 def minibatches(dataset, batch_size):
@@ -86,7 +86,7 @@ class Block(nn.Module):
         self.bn_1 = nn.BatchNorm2d(n_out)
         self.conv_2 = nn.Conv2d(n_out, n_out, 3, padding=1, bias=False)
         self.bn_2 = nn.BatchNorm2d(n_out)
-        nn.init.zeros_(self.bn_2.weight)  # every block starts as its shortcut
+        nn.init.zeros_(self.bn_2.weight)  # every block starts as its shortcut (Goyal et al. 2017)
         self.shortcut = nn.Identity()
         if n_in != n_out:  # a 1x1 convolution gives x as many channels as the residual has
             conv = nn.Conv2d(n_in, n_out, 1, bias=False)
@@ -113,8 +113,7 @@ class ResNet(nn.Module):
         self.out = nn.Linear(4 * n, n_classes)
 
     def forward(self, x):
-        x = F.relu(self.bn(self.conv(x)))  # (B, n, 28, 28)
-        x = self.blocks(x)  # (B, 4n, 3, 3)
+        x = self.blocks(F.relu(self.bn(self.conv(x))))  # (B, n, 28, 28), then (B, 4n, 3, 3)
         return self.out(x.mean(dim=(2, 3)))  # global average pooling, then (B, C)
 
 
@@ -254,6 +253,8 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     try:
         train(parse_args())
-    except (FloatingPointError, MemoryError, OSError) as error:
+    except (FloatingPointError, MemoryError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise  # a bug: the traceback shows where
         print(f"train.py: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -275,6 +275,9 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     try:
         train(parse_args())
-    except (argparse.ArgumentTypeError, FloatingPointError, MemoryError, OSError) as error:
+    except Exception as error:
+        mistakes = (argparse.ArgumentTypeError, FloatingPointError, MemoryError, OSError)
+        if not isinstance(error, mistakes) and "allocate memory" not in str(error):
+            raise  # a bug: the traceback shows where
         print(f"train.py: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -190,8 +190,7 @@ class GPT(nn.Module):
     def forward(self, x):
         # A weighted mean ignores order: the position embeddings wpe say where each word stands.
         x = self.dropout(self.wte(x) + self.wpe.weight[: x.shape[1]])  # (B, T, C)
-        x = self.dropout(self.ln_f(self.h(x)))  # (B, T, C)
-        return self.lm_head(x)  # (B, T, V)
+        return self.lm_head(self.dropout(self.ln_f(self.h(x))))  # (B, T, V)
 
 
 # ---------- optimizer ----------
@@ -393,6 +392,9 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     try:
         train(parse_args())
-    except (argparse.ArgumentTypeError, FloatingPointError, MemoryError, OSError) as error:
+    except Exception as error:
+        mistakes = (argparse.ArgumentTypeError, FloatingPointError, MemoryError, OSError)
+        if not isinstance(error, mistakes) and "allocate memory" not in str(error):
+            raise  # a bug: the traceback shows where
         print(f"train.py: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -54,16 +54,17 @@ def load_data(args, device):
     for name in ("train", "t10k"):
         try:
             dataset = MNIST(args.data_dir, train=name == "train", download=True)
-            if len(dataset.data) != len(dataset.targets):
-                raise ValueError("the numbers of images and labels differ")
+            x, y = dataset.data, dataset.targets
+            if x.shape != (len(y), 28, 28) or not x.any() or y.max() > 9:
+                raise ValueError("not 28 x 28 images with as many labels from 0 to 9")
         except (AssertionError, OSError, RuntimeError, ValueError) as error:
             raise OSError(
                 f"{args.data_dir}/MNIST/raw/{name}-*: missing or broken ({str(error)[-80:]!r}); "
                 f"put MNIST there, or stand-ins: python tests/standins.py {args.data_dir}"
             ) from error
-        datasets.append(dataset)
+        datasets.append((x[:, None], y))
     # Copied to the device once; as uint8 all of MNIST takes 55 MB, a quarter of float32's size.
-    return [TensorDataset(d.data[:, None].to(device), d.targets.to(device)) for d in datasets]
+    return [TensorDataset(x.to(device), y.to(device)) for x, y in datasets]
 
 
 def normalize(x, stats):
@@ -112,7 +113,7 @@ class Block(nn.Module):
         self.bn_1 = nn.BatchNorm2d(n_out)
         self.conv_2 = nn.Conv2d(n_out, n_out, 3, padding=1, bias=False)
         self.bn_2 = nn.BatchNorm2d(n_out)
-        nn.init.zeros_(self.bn_2.weight)  # every block starts as its shortcut
+        nn.init.zeros_(self.bn_2.weight)  # every block starts as its shortcut (Goyal et al. 2017)
         self.shortcut = nn.Identity()
         if n_in != n_out:  # a 1x1 convolution gives x as many channels as the residual has
             conv = nn.Conv2d(n_in, n_out, 1, bias=False)
@@ -385,6 +386,9 @@ if __name__ == "__main__":
     except torch.OutOfMemoryError:
         print("train.py: error: out of GPU memory: lower --batch_size", file=sys.stderr)
         sys.exit(2)
-    except (argparse.ArgumentTypeError, FloatingPointError, MemoryError, OSError) as error:
+    except Exception as error:
+        mistakes = (argparse.ArgumentTypeError, FloatingPointError, MemoryError, OSError)
+        if not isinstance(error, mistakes) and "allocate memory" not in str(error):
+            raise  # a bug: the traceback shows where
         print(f"train.py: error: {error}", file=sys.stderr)
         sys.exit(2)

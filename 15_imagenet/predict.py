@@ -15,7 +15,7 @@ from train import ResNet, crop, decode, image_stats, normalize, read_checkpoint
 @torch.no_grad()
 def predict(args):
     """Print the five most likely classes of every image in args.images."""
-    checkpoint = read_checkpoint(args.out_dir / "best.pt")
+    checkpoint = read_checkpoint(args.out_dir / "best.pt", {"names": [], "args": {}})
     names, train_args = checkpoint["state"]["names"], checkpoint["state"]["args"]
     train_args = argparse.Namespace(**train_args)
     model = ResNet(train_args.depth, len(names), train_args.small_stem)

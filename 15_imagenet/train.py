@@ -3,8 +3,8 @@
 Parent:  14_resnet_gpu
 New:     list_images, decode, shrink, pack_images, random_crop, center_crop, crop, PackedImages,
          image_stats, worker_init, load_batches, conv, shortcut, BasicBlock, Bottleneck,
-         compile_model, update_ema, save_checkpoint, read_checkpoint, load_checkpoint,
-         truncate_metrics, catch_signals
+         compile_model, update_ema, write_file, save_checkpoint, read_checkpoint,
+         load_checkpoint, lock_folder, open_out_dir, truncate_logs, catch_signals
 Changed: load_data, minibatches, augment, ResNet, make_optimizer, evaluate, train, parse_args
 Gone:    Block, Clock, print_times
 
@@ -109,7 +109,9 @@ def pack_images(args, split, images):
     Row i of the index is the offset where image i ends in the file, and its label. Packing that was
     killed is continued. Broken images are reported and left out; more than 0.1% are an error.
     """
-    files = "\n".join(os.path.abspath(path) for path, _ in images)
+    stats = [(os.path.abspath(path), os.stat(path)) for path, _ in images]
+    # With sizes and times in its name: a pack of images that have been replaced is not used.
+    files = repr([(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats])
     name = f"{split}_{args.pack_size}_{hashlib.sha256(files.encode()).hexdigest()[:16]}"
     pack, index = (args.cache_dir / f"{name}.{suffix}" for suffix in ("jpegs", "index"))
     try:
@@ -420,40 +422,49 @@ def evaluate(args, model, images, stats):
 
 
 # ---------- checkpoint ----------
-def save_checkpoint(path, parts, state):
-    """Save the state_dict of every part and the plain values in state.
+def write_file(path, write):
+    """Call write(file) on a new file, flush it to disk and rename it to path.
 
-    Written to another file, flushed to disk, then renamed: path is complete at every moment.
-    Random number generators need not be saved: train seeds them anew in every iteration.
+    At every moment path has either its old content or all of the new one.
     """
-    checkpoint = {name: part.state_dict() for name, part in parts.items()} | {"state": state}
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_name("unfinished.tmp")
+    temporary.unlink(missing_ok=True)  # of a run that was killed
     try:
-        with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
+        with open(temporary, "xb") as file:  # x: a new file, never one that a link points to
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         temporary.unlink(missing_ok=True)
-        raise OSError(f"--out_dir: {path} cannot be written ({error!r:.100})") from error
+        raise OSError(f"{path} cannot be written ({error!r:.100})") from error
 
 
-def read_checkpoint(path):
-    """Return the checkpoint in a file."""
+def save_checkpoint(path, parts, state):
+    """Save the state_dict of every part and the plain values in state.
+
+    Random number generators need not be saved: train seeds them anew in every iteration.
+    """
+    checkpoint = {name: part.state_dict() for name, part in parts.items()} | {"state": state}
+    write_file(path, partial(torch.save, checkpoint))
+
+
+def read_checkpoint(path, template):
+    """Return the checkpoint in a file; its state must have the keys and types of template."""
     if not path.is_file():
         raise OSError(f"{path} is missing: a run with --init_from scratch writes it")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        assert "state" in checkpoint
+        state = checkpoint["state"]
+        assert all(type(state[key]) is type(value) for key, value in template.items())
     except Exception as error:  # torch.load raises many types, one for every kind of damage
         raise OSError(f"{path} is damaged, or no checkpoint of this step") from error
     return checkpoint
 
 
-def load_checkpoint(path, parts):
-    """Load a checkpoint into the parts; return its state."""
-    checkpoint = read_checkpoint(path)
+def load_checkpoint(path, parts, template):
+    """Load a checkpoint into the parts; return its state, which is like template."""
+    checkpoint = read_checkpoint(path, template)
     for name, part in parts.items():
         try:
             part.load_state_dict(checkpoint[name])
@@ -463,13 +474,35 @@ def load_checkpoint(path, parts):
     return checkpoint["state"]
 
 
-def truncate_metrics(path, iter_num):
-    """Drop the records after iter_num from a metrics.jsonl: a resumed run writes them again."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    complete = (line for line in lines if line.endswith("\n"))
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(x for x in complete if json.loads(x)["iter"] <= iter_num))
-    os.replace(temporary, path)
+def lock_folder(folder):
+    """Create a folder, or take it over, for this process alone, until it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise OSError(f"{folder}: another process is writing there") from error
+
+
+def open_out_dir(args, device):
+    """Prepare out_dir for this run and write args.json; an earlier run's checkpoints are safe."""
+    old = [] if args.init_from == "resume" else sorted(args.out_dir.glob("*.pt"))
+    if old and not args.overwrite:
+        raise OSError(f"--out_dir: {old[-1]} would be lost; add --init_from resume or --overwrite")
+    lock_folder(args.out_dir)
+    for path in old:
+        path.unlink()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "device": name}
+    text = json.dumps(vars(args) | versions, default=str)
+    write_file(args.out_dir / "args.json", lambda file: file.write(text.encode()))
+
+
+def truncate_logs(logs, sizes):
+    """Cut log files to their sizes at the checkpoint: a resumed run writes the rest again."""
+    for log, size in zip(logs, sizes):
+        if log.exists() and log.stat().st_size > size:
+            os.truncate(log, size)
 
 
 def catch_signals(signals):
@@ -548,10 +581,11 @@ def train(args, signals=None):
     optimizer = make_optimizer(args, model)
     parts = {"model": model, "ema": ema, "optimizer": optimizer}
     state = {"iter_num": 0, "seconds": 0.0, "loss_sum": 0.0, "best": -1.0, "record": {}}
-    state["names"] = names
+    state |= {"names": names, "log_sizes": []}
     last, best = args.out_dir / "last.pt", args.out_dir / "best.pt"
+    logs = [args.out_dir / "metrics.jsonl"]
     if args.init_from == "resume":
-        state = load_checkpoint(last, parts)
+        state = load_checkpoint(last, parts, state)
     start_iter, record = state["iter_num"], state["record"]
     if state["names"] != names:
         raise OSError(f"--data_dir {args.data_dir}: {last} was trained on other classes")
@@ -560,12 +594,8 @@ def train(args, signals=None):
         raise argparse.ArgumentTypeError(f"{problem}: raise --epochs or --max_iters")
     state["args"] = {k: getattr(args, k) for k in ("depth", "small_stem", "test_size", "test_crop")}
     start -= state["seconds"]  # of the runs before this one
-    args.out_dir.mkdir(parents=True, exist_ok=True)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "device": name}
-    (args.out_dir / "args.json").write_text(json.dumps(vars(args) | versions, default=str))
-    if args.init_from == "resume":
-        truncate_metrics(args.out_dir / "metrics.jsonl", start_iter)
+    open_out_dir(args, device)
+    truncate_logs(logs, state["log_sizes"])
     batches = load_batches(args, train_set, minibatches(args, train_set, start_iter))
     loss_sum = torch.tensor(state["loss_sum"], device=device)
     waited, since, since_iter = 0.0, time.perf_counter(), start_iter
@@ -596,6 +626,7 @@ def train(args, signals=None):
             record |= evaluate(args, ema, val_set, stats)
             log_metrics(args, record)
             plot_run(args.out_dir)
+            state["log_sizes"] = [log.stat().st_size for log in logs]
             state |= {"loss_sum": 0.0, "record": record, "seconds": time.perf_counter() - start}
             if record["top1"] > state["best"]:
                 state["best"] = record["top1"]
@@ -694,6 +725,7 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("logging").add_argument
     flag("--eval_interval", type=number(int, 0), default=0, help="in iterations; 0: every epoch")
     flag("--out_dir", type=Path, default=Path(__file__).parent / "out", help="output directory")
+    flag("--overwrite", action="store_true", help="delete the checkpoints of an earlier run there")
     flag = parser.add_argument_group("system").add_argument
     cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
     n_workers = min(16, len(cpus))  # a worker's minibatches take shared memory
@@ -715,7 +747,10 @@ if __name__ == "__main__":
     except torch.OutOfMemoryError:
         print("train.py: error: out of GPU memory: lower --batch_size", file=sys.stderr)
         sys.exit(2)
-    except (argparse.ArgumentTypeError, FloatingPointError, MemoryError, OSError) as error:
+    except Exception as error:
+        mistakes = (argparse.ArgumentTypeError, FloatingPointError, MemoryError, OSError)
+        if not isinstance(error, mistakes) and "allocate memory" not in str(error):
+            raise  # a bug: the traceback shows where
         print(f"train.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     if signals:

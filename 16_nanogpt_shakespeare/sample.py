@@ -24,10 +24,10 @@ def main(argv):
         args.prompt = Path(args.prompt[5:]).read_text(encoding="utf-8")
     device = setup_device(args)
     path = args.out_dir / "best.pt"
-    state = read_checkpoint(path)["state"]
+    state = read_checkpoint(path, {"args": {}, "vocab": ""})["state"]
     vars(args).update(state["args"])  # the sizes of the model
     model = GPT(args, len(state["vocab"])).to(device)
-    load_checkpoint(path, {"model": model})
+    load_checkpoint(path, {"model": model}, {})
     print(sample(args, model, state["vocab"]))
 
 

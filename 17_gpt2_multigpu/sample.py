@@ -24,9 +24,9 @@ def load_model(args):
     if args.init_from not in ("scratch", "resume"):
         return make_model(args).to(device)
     path = args.out_dir / "best.pt"
-    vars(args).update(read_checkpoint(path)["state"]["args"])
+    vars(args).update(read_checkpoint(path, {"args": {}})["state"]["args"])
     model = make_model(args)
-    load_checkpoint(path, {"model": model})
+    load_checkpoint(path, {"model": model}, {})
     return model.to(device)
 
 

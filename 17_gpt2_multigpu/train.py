@@ -32,6 +32,7 @@ if __name__ == "__main__":  # Ctrl-C ends the run with exit code 130, also durin
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
+import fcntl
 import functools
 import json
 import math
@@ -80,7 +81,10 @@ def load_data(args):
     given = args.data_dir / args.dataset
     folder = args.cache_dir if (args.cache_dir / "train.bin").is_file() else given
     meta = folder / "meta.json"
-    sizes = json.loads(meta.read_text()) if meta.is_file() else {}
+    try:
+        sizes = json.loads(meta.read_text()) if meta.is_file() else {}
+    except ValueError as error:
+        raise OSError(f"{meta} is damaged: prepare.py makes it again") from error
     data = []
     for name in ("train", "val"):
         path = folder / f"{name}.bin"
@@ -274,6 +278,8 @@ def make_model(args):
         config = json.loads((folder / "config.json").read_text())
         if args.block_size > config["n_positions"]:
             raise ValueError(f"--block_size {args.block_size} is over {config['n_positions']}")
+        if config["n_embd"] % config["n_head"]:
+            raise ValueError(f"{config['n_head']} heads do not divide {config['n_embd']}")
         vars(args).update({k: config[k] for k in ("n_layer", "n_head", "n_embd", "vocab_size")})
         args.bias = True
         tensors = {}
@@ -419,45 +425,58 @@ def reshard_like(value, old):
     return value
 
 
+def write_file(path, write):
+    """Call write(file) on a new file, flush it to disk and rename it to path.
+
+    At every moment path has either its old content or all of the new one.
+    """
+    temporary = path.with_name("unfinished.tmp")
+    temporary.unlink(missing_ok=True)  # of a run that was killed
+    try:
+        with open(temporary, "xb") as file:  # x: a new file, never one that a link points to
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written ({error!r:.100})") from error
+
+
 def save_checkpoint(args, paths, parts, state):
     """Save the state_dict of every part and the plain values in state; all processes call it.
 
-    Written to another file, flushed to disk, then renamed: a path is complete at every moment.
     Random number generators need not be saved: train seeds them anew in every iteration.
     """
     checkpoint = {name: gather_full(part.state_dict()) for name, part in parts.items()}
     checkpoint |= {"state": state}
     for path in paths if args.rank == 0 else []:
-        temporary = path.with_suffix(".tmp")
-        try:
-            with open(temporary, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-            temporary.unlink(missing_ok=True)
-            raise OSError(f"--out_dir: {path} cannot be written ({error!r:.100})") from error
+        if path == paths[0]:
+            write_file(path, functools.partial(torch.save, checkpoint))
+        else:  # another name of the same file
+            os.link(paths[0], path.with_suffix(".link"))
+            os.replace(path.with_suffix(".link"), path)
     if args.rank == 0 and args.keep:
         for path in sorted(args.out_dir.glob("iter_*.pt"))[: -args.keep]:
             path.unlink()
 
 
-def read_checkpoint(path):
-    """Return the checkpoint in a file."""
+def read_checkpoint(path, template):
+    """Return the checkpoint in a file; its state must have the keys and types of template."""
     if not path.is_file():
         raise OSError(f"{path} is missing: a run with --init_from scratch writes it")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        assert "state" in checkpoint
+        state = checkpoint["state"]
+        assert all(type(state[key]) is type(value) for key, value in template.items())
     except Exception as error:  # torch.load raises many types, one for every kind of damage
         raise OSError(f"{path} is damaged, or no checkpoint of this step") from error
     return checkpoint
 
 
-def load_checkpoint(path, parts):
+def load_checkpoint(path, parts, template):
     """Load a checkpoint, of any number of processes, into the parts; return its state."""
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, template)
     for name, part in parts.items():
         try:
             saved = checkpoint[name]
@@ -478,13 +497,35 @@ def load_checkpoint(path, parts):
     return checkpoint["state"]
 
 
-def truncate_metrics(path, iter_num):
-    """Drop the records after iter_num from a metrics.jsonl: a resumed run writes them again."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    complete = (line for line in lines if line.endswith("\n"))
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(x for x in complete if json.loads(x)["iter"] <= iter_num))
-    os.replace(temporary, path)
+def lock_folder(folder):
+    """Create a folder, or take it over, for this process alone, until it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise OSError(f"{folder}: another process is writing there") from error
+
+
+def open_out_dir(args, device):
+    """Prepare out_dir for this run and write args.json; an earlier run's checkpoints are safe."""
+    old = [] if args.init_from == "resume" else sorted(args.out_dir.glob("*.pt"))
+    if old and not args.overwrite:
+        raise OSError(f"--out_dir: {old[-1]} would be lost; add --init_from resume or --overwrite")
+    lock_folder(args.out_dir)
+    for path in old:
+        path.unlink()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "device": name}
+    text = json.dumps(vars(args) | versions, default=str)
+    write_file(args.out_dir / "args.json", lambda file: file.write(text.encode()))
+
+
+def truncate_logs(logs, sizes):
+    """Cut log files to their sizes at the checkpoint: a resumed run writes the rest again."""
+    for log, size in zip(logs, sizes):
+        if log.exists() and log.stat().st_size > size:
+            os.truncate(log, size)
 
 
 def catch_signals(signals):
@@ -535,7 +576,8 @@ def setup_device(args):
     if args.device == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    if "RANK" in os.environ and not dist.is_initialized():  # torchrun started this process
+    by_torchrun = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if by_torchrun and not dist.is_initialized():
         join_processes("nccl" if args.device == "cuda" else "gloo")
     args.rank = dist.get_rank() if dist.is_initialized() else 0
     args.world_size = dist.get_world_size() if dist.is_initialized() else 1
@@ -650,7 +692,7 @@ def train(args, signals=None):
 
     If signals is a list, SIGTERM and Ctrl-C make the run save a checkpoint and end.
     """
-    start = time.perf_counter()
+    start, parent = time.perf_counter(), os.getppid()
     device = setup_device(args)
     is_main_process = args.rank == 0  # the one that prints and writes
     n_micro_batches = count_micro_batches(args)
@@ -671,7 +713,9 @@ def train(args, signals=None):
     scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "float16")
     parts = {"model": model, **optimizers, "scaler": scaler}
     state = {"iter_num": 0, "seconds": 0.0, "losses": [], "best": math.inf, "record": {}}
+    state["log_sizes"] = []
     last, best = args.out_dir / "last.pt", args.out_dir / "best.pt"
+    logs = [args.out_dir / "metrics.jsonl", args.out_dir / "samples.txt"]
     # A job that torchrun or Slurm has restarted resumes by itself, all processes or none.
     counts = (os.environ.get(f"{who}_RESTART_COUNT") for who in ("TORCHELASTIC", "SLURM"))
     n_restarts, n_found = all_sum([sum(int(n or 0) for n in counts), last.is_file()], device)
@@ -681,7 +725,7 @@ def train(args, signals=None):
     if n_restarts and n_found:
         args.init_from = "resume"
     if args.init_from == "resume":
-        state = load_checkpoint(last, parts)
+        state = load_checkpoint(last, parts, state)
     sizes = ("block_size", "n_layer", "n_head", "n_embd", "bias", "vocab_size")
     state["args"] = {name: getattr(args, name) for name in sizes}
     start_iter, record, losses = state["iter_num"], state["record"], state["losses"]
@@ -695,12 +739,8 @@ def train(args, signals=None):
     if is_main_process:
         print(f"{n_params:,} parameters, {args.world_size} processes, {args.device}, {args.dtype}")
         print(f"micro-batches per process and update: {n_micro_batches}")
-        args.out_dir.mkdir(parents=True, exist_ok=True)
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        versions = {"python": sys.version.split()[0], "torch": torch.__version__, "device": name}
-        (args.out_dir / "args.json").write_text(json.dumps(vars(args) | versions, default=str))
-        if args.init_from == "resume":
-            truncate_metrics(args.out_dir / "metrics.jsonl", start_iter)
+        open_out_dir(args, device)
+        truncate_logs(logs, state["log_sizes"])
     batches = minibatches(args, train_ids, start_iter, device)
     x, y = next(batches)
     since, since_iter, speed, stop_requested = time.perf_counter(), start_iter, {}, False
@@ -728,9 +768,10 @@ def train(args, signals=None):
             if is_main_process:
                 log_metrics(args, record)
                 log_sample(args, record, text)
+                state["log_sizes"] = [log.stat().st_size for log in logs]
                 plot_run(args.out_dir)
-            paths = [best] * (record["val_loss"] < state["best"]) + [last]
-            paths += [args.out_dir / f"iter_{iter_num:08d}.pt"] * (args.keep > 0)
+            paths = [best] * (record["val_loss"] < state["best"])
+            paths += [args.out_dir / f"iter_{iter_num:08d}.pt"] * (args.keep > 0) + [last]
             state |= {"record": record, "best": min(record["val_loss"], state["best"])}
             save_checkpoint(args, paths, parts, state)
             since, since_iter = time.perf_counter(), iter_num
@@ -750,8 +791,9 @@ def train(args, signals=None):
         for optimizer in optimizers.values():
             scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
+        orphaned = dist.is_initialized() and os.getppid() != parent  # torchrun was killed
         # One all-reduce and one wait for the GPU per update.
-        totals = all_sum([loss, gather_full(grad_norm), bool(signals)], device)
+        totals = all_sum([loss, gather_full(grad_norm), bool(signals) or orphaned], device)
         loss, grad_norm, stop_requested = (total / args.world_size for total in totals)
         if not math.isfinite(loss):
             problem = f"the loss is no longer finite at iteration {iter_num}"
@@ -857,6 +899,7 @@ def parse_args(argv=None):
     flag("--eval_interval", type=number(int, 1), help="iterations between evaluations")
     flag("--keep", type=number(int, 0), default=0, help="older checkpoints to keep: iter_*.pt")
     flag("--out_dir", type=Path, default=Path(__file__).parent / "out", help="output directory")
+    flag("--overwrite", action="store_true", help="delete the checkpoints of an earlier run there")
     flag = parser.add_argument_group("system").add_argument
     flag("--seed", type=number(int, 0), default=1337, help="seed of the random numbers")
     flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
@@ -886,7 +929,10 @@ if __name__ == "__main__":
     except torch.OutOfMemoryError:
         print("train.py: error: out of GPU memory: lower --batch_size", file=sys.stderr)
         sys.exit(2)
-    except (argparse.ArgumentTypeError, FloatingPointError, MemoryError, OSError) as error:
+    except Exception as error:
+        mistakes = (argparse.ArgumentTypeError, FloatingPointError, MemoryError, OSError)
+        if not isinstance(error, mistakes) and "allocate memory" not in str(error):
+            raise  # a bug: the traceback shows where
         print(f"train.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     if dist.is_initialized():  # not after a failure: NCCL would wait here for the other processes
