@@ -92,8 +92,9 @@ class ConvNet(nn.Module):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")  # variance 2 / fan_in
 
     def forward(self, x):
-        x = F.max_pool2d(F.relu(self.conv_1(x)), 2)  # (B, 16, 14, 14)
-        x = F.max_pool2d(F.relu(self.conv_2(x)), 2)  # (B, 32, 7, 7)
+        # Pooling first gives the same result, and relu has a quarter of the work.
+        x = F.relu(F.max_pool2d(self.conv_1(x), 2))  # (B, 16, 14, 14)
+        x = F.relu(F.max_pool2d(self.conv_2(x), 2))  # (B, 32, 7, 7)
         x = self.dropout(F.relu(self.hidden(x.flatten(1))))  # (B, 128)
         return self.out(x)  # (B, C)
 
@@ -135,7 +136,7 @@ def evaluate(model, dataset, name):
     """Return {name}_loss, in nats, and {name}_accuracy, a fraction, on a TensorDataset."""
     model.eval()  # no dropout
     x, y = dataset.tensors
-    logits = torch.cat([model(chunk) for chunk in x.split(1000)])  # (N, C)
+    logits = torch.cat([model(chunk) for chunk in x.split(200)])  # (N, C)
     model.train()
     accuracy = (logits.argmax(dim=1) == y).float().mean().item()
     return {f"{name}_loss": F.cross_entropy(logits, y).item(), f"{name}_accuracy": accuracy}

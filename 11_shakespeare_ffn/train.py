@@ -2,7 +2,7 @@
 
 Parent:  08_mnist_adam
 New:     read_text, split_words, encode, windows, WordMLP
-Changed: load_data, evaluate, train, parse_args
+Changed: load_data, minibatches, evaluate, train, parse_args
 Gone:    MLP
 
 A language model predicts the next word: the classes are the words of a vocabulary, x the block_size
@@ -36,7 +36,7 @@ import optax
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
 from plot import plot_run
@@ -99,9 +99,9 @@ def load_data(args):
 
 def minibatches(dataset, batch_size):
     """Yield minibatches (x, y) forever, reshuffled every epoch; an epoch's last may be smaller."""
-    loader = DataLoader(dataset, batch_size, shuffle=True)
-    while True:
-        yield from loader
+    while True:  # a whole minibatch at once: a DataLoader would fetch its examples one by one
+        for batch in torch.randperm(len(dataset)).split(batch_size):
+            yield dataset[batch]
 
 
 # ---------- model ----------

@@ -2,7 +2,8 @@
 
 Turns OpenWebText, or your own jsonl (with a field "text"), txt or parquet files, into train.bin and
 val.bin in nanoGPT's format: GPT-2 tokens as uint16, with <|endoftext|> after every document. The
-documents are shuffled. A run that was killed continues where it was when started again.
+documents are shuffled. A run that was killed continues where it was when started again. Tokens of
+another corpus are never replaced: choose another --dataset, and train with the same.
 """
 
 import os
@@ -13,15 +14,17 @@ if __name__ == "__main__":  # Ctrl-C ends the run with exit code 130, also durin
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
+import glob
 import hashlib
 import json
 import multiprocessing
+import shutil
 from pathlib import Path
 
 import datasets
 import numpy as np
 from tqdm import tqdm
-from train import NO_BPE, load_bpe, number
+from train import NO_BPE, load_bpe, lock_folder, number, write_file
 
 OPENWEBTEXT = "hf://datasets/Skylion007/openwebtext@refs%2Fconvert%2Fparquet/plain_text/train/"
 FORMATS = {".jsonl": "json", ".txt": "text", ".parquet": "parquet"}
@@ -29,7 +32,7 @@ FORMATS = {".jsonl": "json", ".txt": "text", ".parquet": "parquet"}
 
 def load_documents(args):
     """Return the documents of --corpus, or of OpenWebText, as a datasets.Dataset."""
-    files = [str(path) for path in args.corpus]
+    files = [glob.escape(str(path)) for path in args.corpus]
     files = files or [f"{OPENWEBTEXT}{i:04d}.parquet" for i in range(80)]
     formats = {FORMATS.get(Path(file).suffix) for file in files}
     named = f"--corpus {' '.join(files[:5])}"
@@ -40,7 +43,11 @@ def load_documents(args):
     options |= {"cache_dir": str(args.cache_dir / "datasets"), "split": "train"}
     try:
         documents = datasets.load_dataset(*formats, data_files=files, **options)
-        return documents.select_columns("text")
+        documents = documents.select_columns("text")
+        kind = getattr(documents.features["text"], "dtype", "list")
+        if kind not in ("string", "large_string") or not len(documents):
+            raise ValueError(f"{len(documents)} values of type {kind}")
+        return documents
     except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         raise OSError(f"{named}: no documents with a column 'text' ({reason})") from error
@@ -56,7 +63,7 @@ def tokenize(job):
         bpe = load_bpe()
         ids = []
         for text in documents.select(rows)[:]["text"]:
-            ids += [*bpe.encode_ordinary(text), bpe.eot_token]
+            ids += [*bpe.encode_ordinary(text or ""), bpe.eot_token]
         np.array(ids, dtype=np.uint16).tofile(path.with_suffix(".tmp"))
         path.with_suffix(".tmp").replace(path)
     return len(rows)
@@ -66,12 +73,20 @@ def prepare(args):
     """Write train.bin, val.bin and meta.json into --cache_dir; return the numbers in meta.json."""
     if load_bpe() is None:
         raise OSError(NO_BPE)
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in args.corpus]
+    fingerprint = repr([args.seed, args.val_fraction, *stats])
+    fingerprint = hashlib.sha256(fingerprint.encode()).hexdigest()[:8]  # of what is to be tokenized
+    lock_folder(args.cache_dir)
+    meta, folder = args.cache_dir / "meta.json", args.cache_dir / f"chunks-{fingerprint}"
+    if (args.cache_dir / "train.bin").exists():
+        finished = meta.read_text("utf-8", "replace") if meta.exists() else ""
+        if fingerprint in finished:
+            print(f"{args.cache_dir} has these tokens already")
+            return json.loads(finished)
+        if finished or not folder.exists():
+            raise OSError(f"{args.cache_dir} has tokens of another corpus: choose a new --dataset")
     documents = load_documents(args)
-    # The chunks of this corpus and seed: a run that is started again finds those it has finished.
-    corpus = [args.seed, *((path.name, path.stat().st_size) for path in args.corpus)]
-    fingerprint = hashlib.sha256(repr(corpus).encode()).hexdigest()[:8]
-    folder = args.cache_dir / f"chunks-{fingerprint}"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)  # a run that is started again finds the chunks it has finished
     order = np.random.default_rng(args.seed).permutation(len(documents))
     starts = range(0, len(order), 10_000)
     jobs = [(documents, order[i : i + 10_000], folder / f"{i:09d}.bin") for i in starts]
@@ -94,10 +109,11 @@ def prepare(args):
                 position += len(chunk)
         (args.cache_dir / f"{name}.tmp").replace(args.cache_dir / f"{name}.bin")
     sizes = {"train": n_train, "val": n_tokens - n_train, "documents": len(order)}
-    (args.cache_dir / "meta.json").write_text(json.dumps(sizes))
-    for *_, path in jobs:
-        path.unlink()
+    sizes["fingerprint"] = fingerprint
+    write_file(meta, lambda file: file.write(json.dumps(sizes).encode()))
+    shutil.rmtree(folder)
     print(f"{args.cache_dir}: {n_train:,} training and {n_tokens - n_train:,} validation tokens")
+    print(f"python train.py --dataset {args.dataset} trains on them")
     return sizes
 
 
@@ -113,11 +129,12 @@ def parse_args(argv=None):
     flag("--corpus", type=Path, nargs="+", default=[], help="jsonl, txt or parquet files")
     flag("--val_fraction", type=number(float, 0, 0.5), default=0.0005, help="of all tokens")
     flag("--data_dir", type=Path, default=data_dir, help="directory of the data sets")
-    flag("--dataset", default="openwebtext", help="name of the result, as for train.py")
+    flag("--dataset", help="name of the result, as for train.py; None: of the first --corpus file")
     flag("--cache_dir", type=Path, help="the result; None: cache/DATASET in --data_dir")
     flag("--num_proc", type=number(int, 1), default=os.cpu_count(), help="tokenizing processes")
     flag("--seed", type=number(int, 0), default=1337, help="seed of the shuffling")
     args = parser.parse_args(argv)
+    args.dataset = args.dataset or (args.corpus[0].stem if args.corpus else "openwebtext")
     args.cache_dir = args.cache_dir or args.data_dir / "cache" / args.dataset
     return args
 

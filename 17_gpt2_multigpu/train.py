@@ -84,7 +84,7 @@ def load_data(args):
     try:
         sizes = json.loads(meta.read_text()) if meta.is_file() else {}
     except ValueError as error:
-        raise OSError(f"{meta} is damaged: prepare.py makes it again") from error
+        raise OSError(f"{meta} is damaged; delete it to train all the same") from error
     data = []
     for name in ("train", "val"):
         path = folder / f"{name}.bin"

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,7 +129,7 @@ def records(out_dir):
 def checkpoint(out_dir, name="last.pt"):
     found = torch.load(out_dir / name, weights_only=True)
     for times in (found["state"], found["state"]["record"]):
-        for key in ("seconds", "tokens_per_second", "memory_gib"):
+        for key in ("seconds", "tokens_per_second", "memory_gib", "log_sizes"):
             times.pop(key, None)
     return found
 
@@ -242,10 +243,25 @@ def test_prepare_keeps_every_document_once(kind, tmp_path, bytes_as_bpe):
     assert len(val) == len(tokens) // 10
     if kind == "jsonl":
         assert found != texts
+        shutil.rmtree(tmp_path / "made")
         again = np.concatenate(prepare(tmp_path, "--corpus", path, "--val_fraction", 0.2))
         assert np.array_equal(tokens, again)
+        shutil.rmtree(tmp_path / "made")
         other = np.concatenate(prepare(tmp_path, "--corpus", path, "--seed", 1))
         assert not np.array_equal(tokens, other)
+
+
+def test_prepared_tokens_are_not_replaced(tmp_path, bytes_as_bpe):
+    _, path = write_corpus(tmp_path)
+    prepare(tmp_path, "--corpus", path)
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "made").glob("*.*")}
+    prepare(tmp_path, "--corpus", path)  # says that they are there already
+    path.write_text(path.read_text() * 2)
+    for more in (["--corpus", path], ["--corpus", path, "--seed", 1]):
+        assert_one_line(run_script("prepare", *prepare_flags(tmp_path, *more)), "--dataset")
+    assert {file: file.stat().st_mtime_ns for file in files} == files
+    args = load_script("prepare").parse_args(["--corpus", str(path), "--data_dir", "data"])
+    assert args.cache_dir == Path("data/cache/corpus")  # not openwebtext's
 
 
 def test_prepare_goes_on_where_it_was(tmp_path, bytes_as_bpe, monkeypatch):

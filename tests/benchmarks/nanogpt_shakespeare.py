@@ -128,7 +128,7 @@ def run_sampling(args, folder, seed):
     flags = "--max_new_tokens 500 --temperature 0.8 --top_k 200 --device"
     step_args = step.parse_args([*flags.split(), args.device])
     device = step.setup_device(step_args)
-    checkpoint = step.read_checkpoint(folder / f"default_{seed}" / "best.pt")
+    checkpoint = step.read_checkpoint(folder / f"default_{seed}" / "best.pt", {})
     vars(step_args).update(checkpoint["state"]["args"])  # the sizes of the model
     model = step.GPT(step_args, len(checkpoint["state"]["vocab"])).to(device)
     model.load_state_dict(checkpoint["model"])
