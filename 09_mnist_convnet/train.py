@@ -49,7 +49,7 @@ def load_data(args):
             x, y = dataset.data, dataset.targets
             if x.shape != (len(y), 28, 28) or not x.any() or y.max() > 9:
                 raise ValueError("not 28 x 28 images with as many labels from 0 to 9")
-        except (AssertionError, OSError, RuntimeError, ValueError) as error:
+        except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
             raise OSError(
                 f"{args.data_dir}/MNIST/raw/{name}-*: missing or broken ({str(error)[-80:]!r}); "
                 f"put MNIST there, or stand-ins: python tests/standins.py {args.data_dir}"

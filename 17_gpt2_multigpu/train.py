@@ -454,8 +454,10 @@ def save_checkpoint(args, paths, parts, state):
         if path == paths[0]:
             write_file(path, functools.partial(torch.save, checkpoint))
         else:  # another name of the same file
-            os.link(paths[0], path.with_suffix(".link"))
-            os.replace(path.with_suffix(".link"), path)
+            temporary = path.with_name("unfinished.tmp")
+            temporary.unlink(missing_ok=True)
+            os.link(paths[0], temporary)
+            os.replace(temporary, path)
     if args.rank == 0 and args.keep:
         for path in sorted(args.out_dir.glob("iter_*.pt"))[: -args.keep]:
             path.unlink()
