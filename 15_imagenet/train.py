@@ -701,7 +701,7 @@ def parse_args(argv=None):
     flag("--data_dir", type=Path, default=data_dir, help="directory that holds train/ and val/")
     flag("--cache_dir", type=Path, help="for the packed images; None: cache/ in --data_dir")
     flag("--pack_size", type=number(int, 0), default=256, help="their shorter side; 0: any")
-    flag("--batch_size", type=number(int, 1), default=1024, help="images per minibatch")
+    flag("--batch_size", type=number(int, 2), default=1024, help="images per minibatch")
     flag("--train_size", type=number(int, 8), default=176, help="height and width in training")
     flag("--test_size", type=number(int, 8), default=224, help="height and width in evaluation")
     flag("--test_crop", type=number(float, 0.1, 1), default=0.875, help="share of the shorter side")

@@ -32,7 +32,8 @@ def read_questions(path):
     try:
         questions = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
         for question in questions:
-            assert len(question["endings"]) > question["label"] and question["ctx"]
+            assert 0 <= question["label"] < len(question["endings"])
+            assert all(isinstance(x, str) and x for x in [question["ctx"], *question["endings"]])
     except (AssertionError, LookupError, TypeError, ValueError) as error:
         raise OSError(f"{path}: not HellaSwag's questions as jsonl ({error!r:.100})") from error
     if not questions:

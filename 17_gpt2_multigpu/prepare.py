@@ -41,6 +41,7 @@ def load_documents(args):
         raise argparse.ArgumentTypeError(f"{named}: {problem}")
     options = {"sample_by": "document"} if formats == {"text"} else {}
     options |= {"cache_dir": str(args.cache_dir / "datasets"), "split": "train"}
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, it also raises
     try:
         documents = datasets.load_dataset(*formats, data_files=files, **options)
         documents = documents.select_columns("text")
@@ -73,6 +74,9 @@ def prepare(args):
     """Write train.bin, val.bin and meta.json into --cache_dir; return the numbers in meta.json."""
     if load_bpe() is None:
         raise OSError(NO_BPE)
+    for path in args.corpus:
+        if not path.is_file() or path.stat().st_size == 0:
+            raise OSError(f"--corpus {path} is missing or empty")
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in args.corpus]
     fingerprint = repr([args.seed, args.val_fraction, *stats])
     fingerprint = hashlib.sha256(fingerprint.encode()).hexdigest()[:8]  # of what is to be tokenized
@@ -142,6 +146,6 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     try:
         prepare(parse_args())
-    except (argparse.ArgumentTypeError, MemoryError, OSError) as error:
+    except (argparse.ArgumentTypeError, MemoryError, OSError, UnicodeDecodeError) as error:
         print(f"prepare.py: error: {error}", file=sys.stderr)
         sys.exit(2)

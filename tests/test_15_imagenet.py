@@ -556,7 +556,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(step, tmp_path, monkeypatch):
         raise RuntimeError("PytorchStreamWriter failed writing file")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="last.pt cannot be written"):
+    with pytest.raises(OSError, match=r"last\.pt cannot be written"):
         step.save_checkpoint(path, {}, {"iter_num": 2})
     assert step.load_checkpoint(path, {}, {}) == {"iter_num": 1}
     assert list(tmp_path.iterdir()) == [path]

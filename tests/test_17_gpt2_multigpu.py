@@ -256,6 +256,7 @@ def test_prepared_tokens_are_not_replaced(tmp_path, bytes_as_bpe):
     prepare(tmp_path, "--corpus", path)
     files = {file: file.stat().st_mtime_ns for file in (tmp_path / "made").glob("*.*")}
     prepare(tmp_path, "--corpus", path)  # says that they are there already
+    assert not list((tmp_path / "made").glob("chunks*"))
     path.write_text(path.read_text() * 2)
     for more in (["--corpus", path], ["--corpus", path, "--seed", 1]):
         assert_one_line(run_script("prepare", *prepare_flags(tmp_path, *more)), "--dataset")
@@ -418,7 +419,14 @@ def test_hellaswag_prefers_the_likelier_ending(bytes_as_bpe):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "no json", '{"ctx": "a"}', "[]", '{"ctx": "", "label": 0}']
+    "content",
+    [
+        *("", "no json", '{"ctx": "a"}', "[]", '{"ctx": "", "label": 0}'),
+        *(
+            '{"ctx": 3, "endings": ["b"], "label": 0}',
+            '{"ctx": "a", "endings": ["b"], "label": -1}',
+        ),
+    ],
 )
 def test_questions_that_cannot_be_used(content, tmp_path, bytes_as_bpe):
     (tmp_path / "h.jsonl").write_text(content)
@@ -850,11 +858,25 @@ def test_bad_flags(flags, words, small_data, tmp_path, bytes_as_bpe):
 
 
 @pytest.mark.parametrize(
-    ("corpus", "word"), [("/nowhere.jsonl", "/nowhere.jsonl"), ("a.csv", "must end in .jsonl")]
+    ("name", "content", "word"),
+    [
+        ("a.jsonl", None, "missing"),
+        ("a.jsonl", "", "empty"),
+        ("a.csv", "text", "must end in .jsonl"),
+        ("a.parquet", "text", "column 'text'"),
+        ("a.jsonl", "{x", "column 'text'"),
+        ("a.jsonl", '{"body": "a"}', "column 'text'"),
+        *(("a.jsonl", f'{{"text": {value}}}', "of type") for value in ("null", "1", '["a"]')),
+    ],
 )
-def test_a_corpus_that_cannot_be_read(corpus, word, tmp_path, bytes_as_bpe):
-    flags = prepare_flags(tmp_path, "--corpus", corpus)
-    assert_one_line(run_script("prepare", *flags), "prepare.py: error: --corpus", word)
+def test_a_corpus_that_cannot_be_read(name, content, word, tmp_path, bytes_as_bpe):
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
+    code, errors = run_script("prepare", *prepare_flags(tmp_path, "--corpus", path))
+    assert code == 2 and "Traceback" not in errors
+    last = errors.strip().splitlines()[-1]  # after the bar of datasets
+    assert last.startswith(f"prepare.py: error: --corpus {path}") and word in last
 
 
 def test_scripts_without_a_checkpoint(tmp_path):
@@ -898,7 +920,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(small_data, tmp_path, monkeypatch
 
     monkeypatch.setattr(os, "fsync", full)
     flags = ["--init_from", "resume", "--max_iters", 9]
-    assert_one_line(bad(small_data, tmp_path, *flags), ".pt cannot be written", "No space left")
+    assert_one_line(bad(small_data, tmp_path, *flags), "cannot be written", "No space left")
     assert before == {path: path.read_bytes() for path in tmp_path.glob("*.pt")}
     assert not list(tmp_path.glob("*.tmp"))
 
