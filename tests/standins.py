@@ -88,14 +88,17 @@ def write_shakespeare(folder, n_speeches=1500):
     write(folder / "shakespeare" / "input.txt", "\n".join(speeches).encode())
 
 
-def write_imagenet(folder, n_classes=4, n_train=16, n_val=4):
-    """Write small JPEGs, a square on a class's own ground, under folder/imagenet/{train,val}/."""
+def write_imagenet(folder, n_classes=4, n_train=16, n_val=4, sides=(48, 97)):
+    """Write JPEGs, a square on a class's own ground, under folder/imagenet/{train,val}/.
+
+    n_train and n_val are per class; sides: least height and width, in pixels, and their limit.
+    """
     rng = np.random.default_rng(0)
     for split, n in (("train", n_train), ("val", n_val)):
         for label in range(n_classes):
             ground = 40 + 60 * np.array([label % 3, label // 3, label % 2], np.uint8)
             for i in range(n):
-                height, width = rng.integers(48, 97, 2)
+                height, width = rng.integers(*sides, 2)
                 pixels = np.broadcast_to(ground[:, None, None], (3, height, width)).copy()
                 top, left = rng.integers(height - 24), rng.integers(width - 24)
                 pixels[:, top : top + 24, left : left + 24] = 220 - 40 * label
