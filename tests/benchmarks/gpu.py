@@ -35,9 +35,21 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from steps import ROOT, STEPS, TINY, load_step
 
-# Runs of step 14 whose median accuracy on MNIST's test images, on a CPU, is over the target.
+PUBLISHED = {  # by the end of a row's text: the figure and where it is from
+    "seconds to 99%, without start-up": (0.762, "tuomaso/train_mnist_fast, GTX 1660 Ti"),
+    "images/s at 224 pixels": (2470, "NVIDIA DeepLearningExamples, A100, AMP"),
+    "images/s per core, full size": (740, "decoding alone: 621 to 864, arXiv 2605.08731"),
+    "val_loss": (1.4697, "nanoGPT"),
+    "seconds with start-up": (180, "nanoGPT, A100: about 3 minutes"),
+    "seconds, compiled code cached": (180, "nanoGPT, A100: about 3 minutes"),
+    "TFLOP/s": (989, "H100's peak, NVIDIA"),
+    "tokens/s": (465_000, "llm.c, H100: 462,000 to 468,000"),
+    "MFU": (0.41, "llm.c, H100"),
+}
+# Runs of step 14 whose accuracy on MNIST's test images, on a CPU, is over the target.
 SHORT = "--n_channel 16 --rotate 6 --scale 0.06"
 TARGETS = {99: f"--max_iters 300 {SHORT}", 99.5: f"--max_iters 1000 {SHORT}", 99.6: ""}
+SCRIPTS = {name[:2]: ROOT / name / "train.py" for name in STEPS}
 FLAGS = {name[:2]: flags.split() for name, flags in TINY.items()}  # runs of about a second
 FAST = ["--n_layer", "1"]  # compiles in half the time
 # Small runs, the same on every device, of the steps that write checkpoints.
@@ -64,8 +76,8 @@ class Bench:
         ]
 
     def measure(self, wanted, function, *args):
-        """Add rows. wanted: for each its text, or (text, published figure, source). function(self,
-        *args) returns a value for each: a number, None if there is none, or (number, note)."""
+        """Add rows with the texts wanted. function(self, *args) returns a value for each: a number,
+        None if there is none, or (number, note)."""
         values, problem = [None] * len(wanted), ""
         try:
             if time.monotonic() > self.group_deadline:
@@ -76,7 +88,8 @@ class Bench:
         except Exception as error:  # whatever it is, the other rows are to be measured
             problem = f"failed: {str(error).strip() or type(error).__name__}"
         for text, value in zip(wanted, values):
-            text, published, source = (text, None, "") if isinstance(text, str) else text
+            found = (figure for end, figure in PUBLISHED.items() if text.endswith(end))
+            published, source = next(found, (None, ""))
             value, note = value if isinstance(value, tuple) else (value, "")
             row = {"step": self.group, "what": text, "ours": value, "published": published}
             row["ratio"] = value / published if value is not None and published else None
@@ -96,7 +109,7 @@ class Bench:
         command = ["timeout", "--kill-after=9", str(seconds), sys.executable]
         if torchrun:
             command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
-        command += map(str, (script(name), *flags, "--out_dir", out_dir))
+        command += map(str, (SCRIPTS[name], *flags, "--out_dir", out_dir))
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode in (124, 137):
             raise TimeoutError("no time left")
@@ -128,12 +141,6 @@ def markdown(row):
         shown += ["" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"]
     note = row["note"].replace("\n", " ").replace("|", "/")[:160]
     return f"| {row['step']} | {row['what']} | {' | '.join(shown)} | {note} |"
-
-
-def script(name):
-    """Return the path of a step's train.py; "17" is enough of a name."""
-    (step,) = [step for step in STEPS if step.startswith(name)]
-    return ROOT / step / "train.py"
 
 
 def records(out_dir):
@@ -246,7 +253,7 @@ def kill_and_resume(bench, name):
     whole, broken, n = bench.new_folder(), bench.new_folder(), 24 if name == "15" else 200
     train(name, small_flags(bench, name, bench.device, whole, n))
     flags = [name, bench.device, broken, n]
-    command = [sys.executable, script(name), *small_flags(bench, *flags)]
+    command = [sys.executable, SCRIPTS[name], *small_flags(bench, *flags)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     metrics = broken / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and len(records(broken)) > 1):
@@ -305,9 +312,12 @@ def per_second(bench, function):
     return n / (time.perf_counter() - start)
 
 
-def train_seeds(bench, target, flags):
-    """Return median seconds without start-up, median accuracy and share of the data pipeline."""
-    runs, now = [], time.monotonic()
+def train_to(bench, target):
+    """Return median seconds without start-up, those of one process, accuracy (%), data share."""
+    flags = FLAGS["14"] if bench.tiny else TARGETS[target].split()
+    flags = [*flags, "--data_dir", bench.data, "--device", bench.device]
+    flags += ["--eval_interval", 100_000]  # evaluate before and after training only
+    whole, runs, now = bench.run("14", *flags)[0], [], time.monotonic()
     share = (bench.group_deadline - now) / (3 - list(TARGETS).index(target))  # of the time left
     for seed in range(2 if bench.tiny else bench.args.seeds):
         if runs and time.monotonic() > now + share:
@@ -316,25 +326,20 @@ def train_seeds(bench, target, flags):
         last = train("14", [*flags, "--out_dir", out_dir, "--seed", seed])
         seconds = last["seconds"] - records(out_dir)[0]["seconds"]
         runs.append((seconds, 100 * last["test_accuracy"], last["data_share"]))
-    seconds, accuracies, shares = zip(*runs)
+    accuracies = [accuracy for _, accuracy, _ in runs]
     n_reached = sum(accuracy >= target for accuracy in accuracies)
-    notes = [f"{bench.digits}, {len(runs)} seeds, {n_reached} of them reach it"]
-    notes += [f"from {min(accuracies):.2f} to {max(accuracies):.2f}", "data and augmentation"]
-    return list(zip(map(statistics.median, (seconds, accuracies, shares)), notes))
+    note = f"{bench.digits}, {len(runs)} seeds, {n_reached} of them reach it"
+    seconds, accuracy, data_share = map(statistics.median, zip(*runs))
+    spread = f"from {min(accuracies):.2f} to {max(accuracies):.2f}"
+    return [(seconds, note), whole, (accuracy, spread), data_share]
 
 
 def speed_14(bench):
-    """Measure step 14: seconds to an accuracy, and the share of the data pipeline."""
-    for target, flags in TARGETS.items():
-        flags = FLAGS["14"] if bench.tiny else flags.split()
-        flags = [*flags, "--data_dir", bench.data, "--device", bench.device]
-        flags += ["--eval_interval", 100_000]  # evaluate before and after training only
-        published = (0.762, "tuomaso/train_mnist_fast, GTX 1660 Ti") if target == 99 else (None, "")
-        rows = [(f"seconds to {target}%, without start-up", *published)]
+    """Measure step 14: seconds to an accuracy, and the share of data and augmentation."""
+    for target in TARGETS:
+        rows = [f"seconds to {target}%, {what}" for what in ("without start-up", "with Python's")]
         rows += [f"the run to {target}%: {what}" for what in ("accuracy (%)", "share of the data")]
-        bench.measure(rows, train_seeds, target, flags)
-        row = f"seconds to {target}%, with the start of Python"
-        bench.measure([row], lambda bench, flags: [bench.run("14", *flags)[0]], flags)
+        bench.measure(rows, train_to, target)
 
 
 def resnet_speed(bench, size):
@@ -365,7 +370,7 @@ def resnet_speed(bench, size):
 
 
 def write_photos(bench):
-    """Return a folder with JPEGs as large as ImageNet's, in train/ and val/."""
+    """Return a folder with JPEGs about as high and wide as ImageNet's, in train/ and val/."""
     import standins
 
     folder = bench.folder / "photos"
@@ -402,19 +407,17 @@ def loader_speed(bench):
 def speed_15(bench):
     """Measure step 15: images/s of the GPU, of the loader, and of both together."""
     for size in (32, 48) if bench.tiny else (176, 224):
-        published = (2470, "NVIDIA DeepLearningExamples, A100, AMP") if size > 176 else (None, "")
-        row = (f"ResNet-50, data on the device: images/s at {size} pixels", *published)
+        row = f"ResNet-50, data on the device: images/s at {size} pixels"
         bench.measure([row], resnet_speed, size)
-    row = ("images/s per core, full size", 740, "decoding alone: 621 to 864, arXiv 2605.08731")
-    bench.measure([row], decode_speed, 0)
-    bench.measure(["images/s per core, packed at 256 pixels"], decode_speed, 256)
+    for what, pack_size in (("full size", 0), ("packed at 256 pixels", 256)):
+        bench.measure([f"images/s per core, {what}"], decode_speed, pack_size)
     rows = ["train.py with its loader: images/s", "the same: share of waiting for images"]
     bench.measure(rows, loader_speed)
 
 
-def train_shakespeare(bench, compiled, n_seeds):
+def train_shakespeare(bench, flag, n_seeds):
     """Return the median val_loss, ms per iteration, seconds of the first and of the last seed."""
-    flags = ["--data_dir", bench.data, "--device", bench.device, f"--{compiled}"]
+    flags = ["--data_dir", bench.data, "--device", bench.device, flag]
     flags += FLAGS["16"] + FAST if bench.tiny else []
     runs = [bench.run("16", *flags, "--seed", 1337 + i) for i in range(n_seeds)]
     losses = [found[-1]["val_loss"] for _, found in runs]
@@ -425,13 +428,12 @@ def train_shakespeare(bench, compiled, n_seeds):
 
 
 def speed_16(bench):
-    """Measure step 16: three seeds to the end, with and without compilation."""
-    for compiled, n_seeds in (("compile", 2 if bench.tiny else 3), ("no-compile", 1)):
-        rows = [(f"--{compiled}: val_loss, median of {n_seeds} seeds", 1.4697, "nanoGPT")]
-        rows.append(f"--{compiled}: ms per iteration")
-        for what in ("seconds with start-up", "the same, compiled code being cached")[:n_seeds]:
-            rows.append((f"--{compiled}: {what}", 180, "nanoGPT, A100: about 3 minutes"))
-        bench.measure(rows, train_shakespeare, compiled, n_seeds)
+    """Measure step 16: seeds to the end, with and without compilation."""
+    names = ["val_loss", "ms per iteration", "seconds with start-up"]
+    for flag, n_seeds in (("--compile", 2 if bench.tiny else 3), ("--no-compile", 1)):
+        more = ["seconds, compiled code cached"] if n_seeds > 1 else []
+        rows = [f"{flag}, median of {n_seeds}: {name}" for name in names + more]
+        bench.measure(rows, train_shakespeare, flag, n_seeds)
 
 
 def matmul_speed(bench):
@@ -455,16 +457,14 @@ def gpt2_speed(bench, batch, flags):
 
 def speed_17(bench):
     """Measure step 17: tokens/s, MFU and memory of the 124M model, on one GPU."""
-    row = ("bf16 TFLOP/s in a product of large matrices", 989, "H100's peak, NVIDIA")
-    bench.measure([row], matmul_speed)
+    bench.measure(["product of large matrices in bf16: TFLOP/s"], matmul_speed)
     a, b, c = (2, 2, 2) if bench.tiny else (32, 64, 16)
     plans = [(a, "--compile"), (a, "--no-compile"), (a, "--compile --optimizer muon")]
     plans += [(a, f"--compile --parallel {kind}") for kind in ("ddp", "fsdp")]
     plans += [(b, "--compile"), (c, "--compile"), (c, "--no-compile")]
     for batch, flags in dict.fromkeys(plans):  # without duplicates
-        text = f"GPT-2, batch of {batch}, {flags}"
-        rows = [(f"{text}: tokens/s", 465_000, "llm.c, H100: 462,000 to 468,000")]
-        rows += [(f"{text}: MFU", 0.41, "llm.c"), f"{text}: memory (GiB)"]
+        names = ("tokens/s", "MFU", "memory (GiB)")
+        rows = [f"GPT-2, batch of {batch}, {flags}: {name}" for name in names]
         bench.measure(rows, gpt2_speed, batch, flags)
 
 
