@@ -1,9 +1,9 @@
 """Step 17: GPT-2 124M on OpenWebText, on one GPU or on many machines.
 
 Parent:  16_nanogpt_shakespeare
-New:     load_bpe, check_ids, to_device, flops_per_token, transpose_conv1d, make_model, all_sum,
-         gather_full, reshard_like, join_processes, count_micro_batches, parallelize,
-         average_gradients, measure_speed
+New:     load_bpe, map_tokens, Shards, check_ids, to_device, flops_per_token, transpose_conv1d,
+         make_model, all_sum, gather_full, reshard_like, join_processes, count_micro_batches,
+         parallelize, average_gradients, measure_speed
 Changed: encode, load_data, minibatches, CausalSelfAttention, MLP, evaluate, sample,
          save_checkpoint, load_checkpoint, setup_device, autocast, train, parse_args
 Gone:    read_text
@@ -52,6 +52,7 @@ from torch.distributed.elastic.multiprocessing.errors import record as report_er
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from plot import plot_run
@@ -76,8 +77,43 @@ def encode(args, text, flag):
     return torch.from_numpy(ids)
 
 
+def map_tokens(path):
+    """Return the tokens in a file, memory-mapped: nanoGPT's .bin, llm.c's, build-nanogpt's .npy."""
+    if path.suffix == ".npy":
+        return np.load(path, mmap_mode="r")
+    size, header = path.stat().st_size, np.fromfile(path, np.int32, 256).tolist()
+    offset, expected = 0, size - size % 2
+    if header[:2] == [
+        20240520,
+        1,
+    ]:  # llm.c's magic number and version; the number of tokens follows
+        offset, expected = 1024, 1024 + 2 * header[2]
+    if size != expected:
+        raise OSError(f"{path} is damaged, it has {size:,} bytes")
+    return np.memmap(path, np.uint16, "r", offset=offset)
+
+
+class Shards:
+    """The tokens of several files as one sequence: tokens[start:end] may span two of them."""
+
+    def __init__(self, parts):
+        self.parts, self.ends = parts, np.cumsum([len(part) for part in parts])
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __getitem__(self, window):
+        start, end, _ = window.indices(len(self))
+        pieces, i = [], int(np.searchsorted(self.ends, start, side="right"))
+        while start < end:
+            offset = start - int(self.ends[i]) + len(self.parts[i])
+            pieces.append(self.parts[i][offset : offset + end - start])
+            start, i = start + len(pieces[-1]), i + 1
+        return np.concatenate(pieces) if pieces else np.empty(0, np.uint16)
+
+
 def load_data(args):
-    """Return the ids of the training and the validation tokens, as memory-mapped files."""
+    """Return the ids of the training and the validation tokens, in memory-mapped files."""
     given = args.data_dir / args.dataset
     folder = args.cache_dir if (args.cache_dir / "train.bin").is_file() else given
     meta = folder / "meta.json"
@@ -87,21 +123,31 @@ def load_data(args):
         raise OSError(f"{meta} is damaged; delete it to train all the same") from error
     data = []
     for name in ("train", "val"):
-        path = folder / f"{name}.bin"
-        if not path.is_file():
+        paths = [folder / f"{name}.bin"]
+        if not paths[0].is_file():  # FineWeb's shards, in order: fineweb_train_000001.bin, ...
+            paths = sorted(
+                path for end in ("bin", "npy") for path in folder.glob(f"*_{name}_*.{end}")
+            )
+        if not paths:
             raise OSError(
                 f"no {name}.bin in {args.cache_dir} or {given}: python prepare.py makes it from "
                 "OpenWebText (25 GB to download, 100 GB of disk meanwhile, then 18), prepare.py "
                 "--corpus FILES from your text; stand-ins: python tests/standins.py DIR"
             )
-        size = path.stat().st_size
-        if size % 2 or size != 2 * sizes.get(name, size // 2):
-            raise OSError(f"{path} is damaged, it has {size:,} bytes: prepare.py makes it again")
-        if size < 4 * args.block_size:
-            problem = f"{path}: {size // 2:,} tokens, fewer than two of --block_size"
+        try:
+            parts = [map_tokens(path) for path in paths]
+        except ValueError as error:
+            raise OSError(
+                f"{paths[0].parent}: a file is empty or damaged ({error!r:.100})"
+            ) from error
+        tokens = parts[0] if len(parts) == 1 else Shards(parts)
+        if len(tokens) != sizes.get(name, len(tokens)):
+            raise OSError(f"{paths[0]} is damaged, it has {len(tokens):,} tokens: prepare.py again")
+        if len(tokens) < 2 * args.block_size:
+            problem = f"{paths[0]}: {len(tokens):,} tokens, fewer than two of --block_size"
             raise argparse.ArgumentTypeError(f"{problem} {args.block_size}")
-        data.append(np.memmap(path, np.uint16, "r"))
-        check_ids(args, data[-1][:1_000_000], path)
+        check_ids(args, tokens[:1_000_000], paths[0])
+        data.append(tokens)
     return data
 
 
@@ -543,6 +589,9 @@ def catch_signals(signals):
 
 
 # ---------- training ----------
+SAVE_SECONDS = 900  # a checkpoint at least so often, also between evaluations
+
+
 def join_processes(backend):
     """Join the processes that torchrun started.
 
@@ -628,6 +677,9 @@ def parallelize(args, model, device):
     """
     if args.parallel == "fsdp" and args.dtype == "float16":
         raise argparse.ArgumentTypeError("--parallel fsdp needs --dtype bfloat16 or float32")
+    if args.recompute:  # activation checkpointing: backward computes each block's activations again
+        for block in model.h:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     if args.parallel == "fsdp" and dist.is_initialized():
         policy = MixedPrecisionPolicy(getattr(torch, args.dtype), torch.float32)
         mesh = init_device_mesh(args.device, (args.world_size,))
@@ -745,7 +797,8 @@ def train(args, signals=None):
         truncate_logs(logs, state["log_sizes"])
     batches = minibatches(args, train_ids, start_iter, device)
     x, y = next(batches)
-    since, since_iter, speed, stop_requested = time.perf_counter(), start_iter, {}, False
+    since, since_iter, speed = time.perf_counter(), start_iter, {}
+    stop_requested, save_due, saved = False, False, time.perf_counter()
     if signals is not None:
         catch_signals(signals)
 
@@ -755,8 +808,10 @@ def train(args, signals=None):
     for iter_num in bar:
         eval_due = iter_num % args.eval_interval == 0 or iter_num == args.max_iters
         state |= {"iter_num": iter_num, "seconds": time.perf_counter() - start}
-        if stop_requested:
+        if stop_requested or save_due:
             save_checkpoint(args, [last], parts, state)
+            saved = time.perf_counter()
+        if stop_requested:
             if is_main_process:
                 print(f"stopped at iteration {iter_num}; --init_from resume continues from {last}")
             break
@@ -776,6 +831,7 @@ def train(args, signals=None):
             paths += [args.out_dir / f"iter_{iter_num:08d}.pt"] * (args.keep > 0) + [last]
             state |= {"record": record, "best": min(record["val_loss"], state["best"])}
             save_checkpoint(args, paths, parts, state)
+            saved = time.perf_counter()
             since, since_iter = time.perf_counter(), iter_num
         if iter_num == args.max_iters:
             break
@@ -795,8 +851,9 @@ def train(args, signals=None):
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
         orphaned = dist.is_initialized() and os.getppid() != parent  # torchrun was killed
         # One all-reduce and one wait for the GPU per update.
-        totals = all_sum([loss, gather_full(grad_norm), bool(signals) or orphaned], device)
-        loss, grad_norm, stop_requested = (total / args.world_size for total in totals)
+        flags = [bool(signals) or orphaned, time.perf_counter() - saved > SAVE_SECONDS]
+        totals = all_sum([loss, gather_full(grad_norm), *flags], device)
+        loss, grad_norm, stop_requested, save_due = (total / args.world_size for total in totals)
         if not math.isfinite(loss):
             problem = f"the loss is no longer finite at iteration {iter_num}"
             raise FloatingPointError(f"{problem}: lower --learning_rate {args.learning_rate}")
@@ -908,6 +965,7 @@ def parse_args(argv=None):
     dtypes = ("auto", "float32", "bfloat16", "float16")
     flag("--dtype", choices=dtypes, default="auto", help="auto: fastest")
     flag("--compile", action=switch, help="slow to start, then faster on a GPU")
+    flag("--recompute", action="store_true", help="activations in backward: less memory, slower")
     flag("--parallel", choices=("ddp", "fsdp"), default="ddp", help="fsdp: for large models")
     flag("--peak_tflops", type=number(float, 0), default=0.0, help="for mfu; 0: the GPU's")
     args = parser.parse_known_args(argv)[0]

@@ -105,7 +105,9 @@ def test_schedule_warms_up_then_falls_to_zero(step):
     args = step.parse_args(["--recipe", "tiny", "--max_iters", "100"])
     args.warmup_iters = 10
     rates = [step.schedule(args, i) for i in range(101)]
-    assert rates[:10] == sorted(rates[:10]) and rates[10] == args.learning_rate
+    assert rates[:10] == sorted(rates[:10]) and rates[10] == 0.5  # 1.0 per 256 images
+    args.batch_size *= 2
+    assert [step.schedule(args, i) for i in range(101)] == [2 * rate for rate in rates]
     assert rates[10:] == sorted(rates[10:], reverse=True) and abs(rates[100]) < 1e-12
 
 
@@ -242,6 +244,30 @@ def test_crops_lie_inside_and_cover_what_they_should(step):
     assert step.center_crop(90, 160, 1) == (0, 35, 90, 90)
 
 
+def test_a_rectangle_is_erased_in_training_only(step):
+    args = step.parse_args(["--recipe", "tiny", "--random_erase", "1"])
+    image = torch.full((3, 64, 64), 9, dtype=torch.uint8)
+    x, again, other = (step.crop(args, image, key) for key in (1, 1, 2))
+    assert torch.equal(x, again) and not torch.equal(x, other)
+    erased = (x == 0).all(0)
+    rows, columns = erased.any(1).sum(), erased.any(0).sum()
+    assert 0 < erased.sum() == rows * columns < erased.numel() / 2
+    assert (step.crop(args, image, None) == 9).all()
+    args.random_erase = 0.0
+    assert (step.crop(args, image, 1) == 9).all()
+
+
+def test_eval_only_writes_nothing(step, tree, tmp_path, monkeypatch):
+    small_net(step, monkeypatch)
+    final = step.train(args := flags(step, tree, tmp_path))
+    before = {path: path.read_bytes() for path in args.out_dir.iterdir()}
+    again = step.train(flags(step, tree, tmp_path, "--eval_only"))
+    assert [again[key] for key in ("iter", "val_loss", "top1")] == [
+        final[key] for key in ("iter", "val_loss", "top1")
+    ]
+    assert before == {path: path.read_bytes() for path in args.out_dir.iterdir()}
+
+
 def test_batches_are_a_function_of_seed_and_iteration(step, tree, tmp_path):
     args = flags(step, tree, tmp_path)
     images, _, _ = step.load_data(args)
@@ -348,8 +374,8 @@ def run_and_die(argv, function, count):
 
     def dying(*args):
         calls.append(1)
-        if len(calls) >= count and (place is step or "last" in args[1].name):
-            if place is torch:  # in the middle of writing last.pt
+        if len(calls) >= count:
+            if place is torch:  # in the middle of writing
                 args[1].write(b"the first half")
                 args[1].flush()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -655,7 +681,8 @@ def test_training_runs_through_the_compiled_model(step, tree, tmp_path, monkeypa
 def test_recipes_change_defaults_that_flags_override(step):
     assert step.parse_args([]).epochs == 90
     args = step.parse_args(["--recipe", "600", "--epochs", "3"])
-    assert args.epochs == 3 and args.learning_rate == 0.5 and args.trivial_augment
+    assert args.epochs == 3 and args.trivial_augment and args.random_erase == 0.1
+    assert 1024 / 256 * args.learning_rate == 0.5  # torchvision's, for 1,024 images
     assert step.parse_args([]).num_workers <= 16
 
 

@@ -342,10 +342,11 @@ def test_samples_end_with_stop():
 def test_sampling_does_not_disturb_training(standins, tmp_path):
     losses = []
     for n in ("0", "20"):
-        flags = [*tiny_flags(STEP, standins, tmp_path), "--dropout", "0.3", "--max_new_tokens", n]
+        flags = [*tiny_flags(STEP, standins, tmp_path / n), "--dropout", "0.3"]
+        flags += ["--max_new_tokens", n]
         losses.append(step.train(step.parse_args(flags))["val_loss"])
     assert losses[0] == losses[1]
-    assert (tmp_path / "samples.txt").read_text().count("=== iter") == 3
+    assert (tmp_path / "20" / "samples.txt").read_text().count("=== iter") == 3
 
 
 def state_of(path):
@@ -397,7 +398,8 @@ def test_every_iteration_of_every_seed_has_its_own_minibatch(standins, tmp_path,
     real, used = torch.manual_seed, []
     monkeypatch.setattr(torch, "manual_seed", lambda seed: used.append(seed) or real(seed))
     for seed in (1, 2):
-        flags = [*tiny_flags(STEP, standins, tmp_path), "--seed", str(seed), "--device", "cpu"]
+        flags = [*tiny_flags(STEP, standins, tmp_path / str(seed)), "--device", "cpu"]
+        flags += ["--seed", str(seed)]
         step.train(step.parse_args(flags))
     used = [seed % 2**32 for seed in used if seed > 2]  # a CPU ignores the higher bits
     assert len(used) == len(set(used)) == 2 * 6

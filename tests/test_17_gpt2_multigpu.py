@@ -206,6 +206,47 @@ def test_nanogpts_files_are_read_as_they_are(small_data):
     assert np.array_equal(val, expected)
 
 
+def shard(path, ids):
+    """Write tokens as llm.c does (256 numbers, then the tokens) or as build-nanogpt does (.npy)."""
+    if path.suffix == ".npy":
+        np.save(path, ids.astype(np.uint16))
+    else:
+        header = np.zeros(256, np.int32)
+        header[:3] = 20240520, 1, len(ids)
+        path.write_bytes(header.tobytes() + ids.astype(np.uint16).tobytes())
+
+
+@pytest.mark.parametrize("suffix", ["bin", "npy"])
+def test_fineweb_shards_are_the_tokens_of_one_file(suffix, small_data, tmp_path):
+    folder = tmp_path / "openwebtext"
+    folder.mkdir()
+    train, val = (
+        np.fromfile(small_data / f"openwebtext/{n}.bin", np.uint16) for n in ("train", "val")
+    )
+    cuts = np.split(train, [1, 777, 778, 3000])
+    for i, ids in reversed(list(enumerate(cuts))):
+        shard(folder / f"fineweb_train_{i + 1:06d}.{suffix}", ids)
+    shard(folder / f"fineweb_val_000000.{suffix}", val)
+    found, found_val = step.load_data(parse("--data_dir", tmp_path))
+    assert np.array_equal(found_val, val)
+    assert len(found) == len(train)
+    for window in (slice(0, 4000), slice(0, 1), slice(770, 780), slice(2990, 9999), slice(5, 5)):
+        assert np.array_equal(found[window], train[window])
+    a = run(small_data, tmp_path / "a")
+    b = run(tmp_path, tmp_path / "b")
+    assert a["val_loss"] == b["val_loss"] and a["train_loss"] == b["train_loss"]
+
+
+def test_a_damaged_shard_is_named(small_data, tmp_path):
+    (tmp_path / "openwebtext").mkdir()
+    for name in ("train", "val"):
+        shard(tmp_path / "openwebtext" / f"fineweb_{name}_000000.bin", np.arange(200))
+    path = tmp_path / "openwebtext" / "fineweb_val_000000.bin"
+    path.write_bytes(path.read_bytes()[:-2])
+    assert_one_line(bad(tmp_path, tmp_path / "out"), path, "damaged")
+    assert not (tmp_path / "out").exists()
+
+
 def prepare_flags(tmp_path, *flags):
     known = ["--data_dir", tmp_path, "--cache_dir", tmp_path / "made", "--num_proc", 1]
     return [str(flag) for flag in [*known, *flags]]
@@ -692,6 +733,35 @@ def test_resume_at_iteration_0_keeps_its_record(small_data, tmp_path, monkeypatc
     assert [r["iter"] for r in records(tmp_path)] == [0, 3, 6]
 
 
+def test_it_is_also_saved_between_evaluations(small_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(step, "SAVE_SECONDS", 0)
+    real, saved = step.save_checkpoint, []
+
+    def spy(args, paths, parts, state):
+        saved.append((state["iter_num"], [path.name for path in paths]))
+        real(args, paths, parts, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step, "save_checkpoint", spy)
+        run(small_data, tmp_path)
+    assert [(i, names) for i, names in saved if i in (1, 2, 4, 5)] == [
+        (i, ["last.pt"]) for i in (1, 2, 4, 5)
+    ]
+
+
+def test_recomputed_activations_change_nothing(small_data, tmp_path, monkeypatch):
+    passes = []
+    real = step.MLP.forward
+    monkeypatch.setattr(step.MLP, "forward", lambda self, x: passes.append(1) or real(self, x))
+    flags = ["--dropout", 0.2, "--max_iters", 2, "--eval_interval", 2]
+    a = run(small_data, tmp_path / "a", *flags)
+    n = len(passes)
+    b = run(small_data, tmp_path / "b", *flags, "--recompute")
+    assert len(passes) - n == n + 2 * 4 * 2  # again in backward: updates, micro-batches, layers
+    assert a["train_loss"] == b["train_loss"]
+    assert_equal(checkpoint(tmp_path / "a")["model"], checkpoint(tmp_path / "b")["model"])
+
+
 def test_a_second_sigterm_does_not_end_a_save(small_data, tmp_path):
     """SIGTERM comes again and again, as Slurm and torchrun send it: the checkpoint is written."""
     env = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -738,7 +808,7 @@ def test_a_spike_is_skipped(small_data, tmp_path, capsys, monkeypatch):
 
     def spike(values, device):  # iteration 105 reports an absurd loss
         total = normal(values, device)
-        return [total[0] + 1000 * (len(total) == 3 and next(count) == 105), *total[1:]]
+        return [total[0] + 1000 * (len(total) == 4 and next(count) == 105), *total[1:]]
 
     monkeypatch.setattr(step, "all_sum", spike)
     flags = ["--max_iters", 107, "--eval_interval", 1, "--optimizer", "adamw"]
@@ -757,7 +827,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(small_data, tmp
 
     def nan(values, device):
         total = normal(values, device)
-        return [math.nan if len(total) == 3 and next(count) == 4 else total[0], *total[1:]]
+        return [math.nan if len(total) == 4 and next(count) == 4 else total[0], *total[1:]]
 
     monkeypatch.setattr(step, "all_sum", nan)
     with pytest.raises(FloatingPointError, match="iteration 4"):
