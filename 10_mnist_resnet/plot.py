@@ -14,7 +14,7 @@ os.environ["MPLBACKEND"] = "Agg"  # draws into files, without a display
 import matplotlib.pyplot as plt
 
 TITLE = "Step 10: residual network on MNIST"
-# Per panel: axes, metrics drawn as curves, dashed references (label: metric or number).
+# Per panel: axes, metrics drawn as curves, horizontal reference lines (label: metric or number).
 PANELS = [
     {
         "axes": {"ylabel": "loss (nats)", "ylim": (0, 0.1)},
@@ -57,9 +57,9 @@ def draw(runs, path):
                 points = [(r["iter"], r[key]) for r in records if key in r]
                 suffix = f" ({run})" if len(runs) > 1 else ""
                 axis.plot(*zip(*points), marker=".", markersize=4, label=f"{key}{suffix}")
-        for label, level in panel["references"].items():
+        for (label, level), style in zip(panel["references"].items(), ("--", ":", "-.")):
             level = records[-1][level] if isinstance(level, str) else level
-            axis.axhline(level, color="gray", linestyle="--", label=f"{label}: {level:.4g}")
+            axis.axhline(level, color="gray", linestyle=style, label=f"{label}: {level:.4g}")
         axis.set(xlabel="iteration", **panel["axes"])
         axis.grid(alpha=0.3)
         axis.legend()

@@ -70,7 +70,10 @@ def memory_by_part(args, sizes, parallel):
     # the hidden layer before and after GELU (16); at the end, one layer norm (6). FlashAttention
     # keeps no T x T matrix.
     tokens = args.batch_size * args.block_size
-    memory["activations"] = (36 * args.n_layer + 6) * tokens * args.n_embd
+    kept = 36 * args.n_layer + 6
+    if args.recompute:  # the inputs of all blocks, and all of the block that is computed again
+        kept = 4 * (args.n_layer - 1) + 36 + 6
+    memory["activations"] = kept * tokens * args.n_embd
     # In float32: the log-softmax of the logits, its gradient, and the gradient of the logits.
     memory["logits"] = (4 + 4 + 4) * tokens * args.vocab_size
     return memory
@@ -176,6 +179,7 @@ def parse_args(argv=None):
     flag("--batch_size", type=number(int, 1), default=30, help="sequences per micro-batch and GPU")
     flag("--total_batch_tokens", type=number(int, 1), default=491_520, help="tokens per update")
     flag("--optimizer", choices=("muon", "adamw"), default="adamw", help="as in train.py")
+    flag("--recompute", action="store_true", help="as in train.py; it lowers the MFU")
     flag = parser.add_argument_group("hardware").add_argument
     flag("--gpus", type=number(int, 1), default=8, help="in all machines together")
     flag("--gpu", choices=PEAK_TFLOPS, default="H100", help="gives the peak")

@@ -129,8 +129,9 @@ def test_memory_is_that_of_the_tensors(optimizer):
 
 
 def test_activations_are_what_backward_keeps():
-    args = script.parse_args([*SMALL, "--n_embd", "128", "--n_layer", "4", "--block_size", "64"])
-    model, x, kept = step.GPT(args, args.vocab_size), torch.zeros(4, 64, dtype=torch.long), []
+    flags = "--n_layer 1 --n_embd 128 --block_size 64 --batch_size 1 --vocab_size 512".split()
+    args = script.parse_args([*SMALL, *flags])
+    model, x, kept = step.GPT(args, args.vocab_size), torch.zeros(1, 64, dtype=torch.long), []
     with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda tensor: tensor):
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(x)
@@ -145,12 +146,42 @@ def test_activations_are_what_backward_keeps():
     assert -0.01 < deviation(planned, sum(sizes.values())) < 0  # without statistics of layer norms
 
 
+def test_recomputing_keeps_the_input_of_every_block():
+    args = script.parse_args([*SMALL, "--n_layer", "5", "--n_embd", "128", "--recompute"])
+    made, kept = step.parse_args(["--device", "cpu", "--recompute", "--dtype", "bfloat16"]), []
+    model = step.GPT(args, args.vocab_size)
+    forward = step.parallelize(made, model, torch.device("cpu"))
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda tensor: tensor):
+        with torch.autocast("cpu", torch.bfloat16):
+            forward(torch.zeros(4, 16, dtype=torch.long))
+    kept = [tensor for tensor in kept if tensor.numel() == 4 * 16 * 128]
+    saved = sum({tensor.data_ptr(): tensor.nbytes for tensor in kept}.values())
+    again = (36 - 4) * 4 * 16 * 128  # what is computed again in one block, without its input
+    assert script.plan(args)["memory"]["ddp"]["activations"] == saved + again
+
+
 def test_bytes_sent_are_those_of_a_ring():
     one, two, many = (plan(*SMALL, "--gpus", n)["sent"] for n in (1, 2, 8))
     n_params = plan(*SMALL)["parameters"]
     assert one == {"ddp": 0, "fsdp": 0}
     assert two["ddp"] == 4 * n_params  # of float32: half is sent to the other, half comes back
     assert many["ddp"] == 2 * 4 * n_params * 7 / 8
+
+
+def test_fsdp_gathers_blocks_twice_per_micro_batch_and_holds_two():
+    flags = [*SMALL, "--total_batch_tokens", 3 * 4 * 16 * 2, "--network", 2, "--disk", 4]
+    found = plan(*flags)
+    args = script.parse_args([str(flag) for flag in flags])
+    weights = dict(step.GPT(args, args.vocab_size).named_parameters())
+    sizes = {name: p.numel() for name, p in weights.items()}
+    rest = sum(n for name, n in sizes.items() if not name.startswith("h."))
+    blocks = sum(sizes.values()) - rest
+    assert found["micro_batches"] == 3
+    gathered = 3 * 2 * (rest + blocks + blocks)  # in 16 bits; from the other GPU comes a half
+    assert found["sent"]["fsdp"] == (gathered + 4 * sum(sizes.values())) / 2
+    assert found["sent_seconds"]["fsdp"] == found["sent"]["fsdp"] / 2e9
+    assert found["checkpoint_seconds"] == found["checkpoint"] / 4e9
+    assert found["memory"]["fsdp"]["parameters in 16 bits"] == 2 * (rest + 2 * blocks / 2)
 
 
 def test_fsdp_keeps_shards_unless_it_accumulates():
