@@ -57,6 +57,8 @@ COMMON = "--no-compile --learning_rate 1e-3 --warmup_iters 5 --max_new_tokens 5"
 SMALL = {"15": [*FLAGS["15"], "--learning_rate", "0.05"]}
 SMALL["16"] = [*FLAGS["16"], *COMMON, "--dropout", "0", "--sdpa"]
 SMALL["17"] = [*FLAGS["17"], *COMMON, "--min_lr", "1e-4", "--vocab_size", "50257", "--no-bias"]
+SIZES = {"16": "--n_layer 6 --n_head 6 --n_embd 384 --block_size 256".split()}  # those of a GPU
+SIZES["17"] = "--n_layer 12 --n_head 12 --n_embd 768 --block_size 1024".split()
 
 
 # ---------- the table ----------
@@ -83,7 +85,7 @@ class Bench:
             if time.monotonic() > self.group_deadline:
                 raise TimeoutError("no time left")
             values = function(self, *args)
-        except (ImportError, MemoryError, TimeoutError) as error:
+        except (ImportError, MemoryError, TimeoutError, torch.OutOfMemoryError) as error:
             problem = f"skipped: {error}"
         except Exception as error:  # whatever it is, the other rows are to be measured
             problem = f"failed: {str(error).strip() or type(error).__name__}"
@@ -103,6 +105,7 @@ class Bench:
 
     def run(self, name, *flags, torchrun=False):
         """Run train.py in a process of its own; return its seconds and its metrics.jsonl."""
+        torch.cuda.empty_cache()  # of this process, which keeps what it has used
         out_dir, start = self.new_folder(), time.perf_counter()
         # A run may end somewhat after its group's time; timeout ends torchrun's processes, too.
         seconds = max(1, min(self.deadline, self.group_deadline + 60) - time.monotonic())
@@ -204,7 +207,8 @@ def difference(a, b):
 def one_update(bench, name, device, dtype):
     """Return the logits of a step's model and how an update changes its parameters, on a device."""
     step = load_step(name)
-    args = step.parse_args([*SMALL.get(name, []), "--dtype", dtype, "--device", device])
+    flags = SMALL.get(name, []) + ([] if bench.tiny else SIZES.get(name, []))
+    args = step.parse_args([*flags, "--dtype", dtype, "--device", device])
     args.rank, args.world_size = 0, 1
     torch.manual_seed(0)
     if name == "14":
@@ -251,12 +255,13 @@ def small_flags(bench, name, device, out_dir, max_iters, *more):
 def kill_and_resume(bench, name):
     """Return how a run's weights, killed in its middle, differ from those of an unbroken one."""
     whole, broken, n = bench.new_folder(), bench.new_folder(), 24 if name == "15" else 200
+    n *= 1 if bench.tiny else 4  # a GPU is faster
     train(name, small_flags(bench, name, bench.device, whole, n))
     flags = [name, bench.device, broken, n]
     command = [sys.executable, SCRIPTS[name], *small_flags(bench, *flags)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     metrics = broken / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and len(records(broken)) > 1):
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 1):
         time.sleep(0.01)
     process.kill()
     if process.wait() != -signal.SIGKILL:
@@ -337,7 +342,9 @@ def train_to(bench, target):
 def speed_14(bench):
     """Measure step 14: seconds to an accuracy, and the share of data and augmentation."""
     for target in TARGETS:
-        rows = [f"seconds to {target}%, {what}" for what in ("without start-up", "with Python's")]
+        rows = [
+            f"seconds to {target}%, {what}" for what in ("without start-up", "with Python's start")
+        ]
         rows += [f"the run to {target}%: {what}" for what in ("accuracy (%)", "share of the data")]
         bench.measure(rows, train_to, target)
 
