@@ -11,8 +11,7 @@ with weights computed from the words themselves: a longer context adds no parame
 minibatch of 16 windows has as many targets as step 11's 512. This model needs less dropout and, as
 the loss is still falling, a higher learning rate and 500 iterations more.
 
-Try:     --n_layer 1 (what does depth give?)
-         --block_size 8 --eval_stride 4 --batch_size 64 (what does context give?)
+Try:     --n_layer 1 (gain of depth?), --block_size 8 --eval_stride 4 --batch_size 64 (of context?)
 Source:  Vaswani et al. 2017, "Attention is all you need"; Radford et al. 2019, "Language models are
          unsupervised multitask learners" (GPT-2, whose names and normalization these are).
 """
@@ -23,6 +22,7 @@ import sys
 
 if __name__ == "__main__":  # Ctrl-C ends the run with exit code 130, also during the imports below
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads soon leave the core to others
 
 import argparse
 import json

@@ -37,6 +37,7 @@ import sys
 
 if __name__ == "__main__":  # Ctrl-C ends the run with exit code 130, also during the imports below
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads soon leave the core to others
 
 import argparse
 import copy

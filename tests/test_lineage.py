@@ -139,7 +139,10 @@ def test_ctrl_c_is_handled_before_the_slow_imports(step):
         return [ast.unparse(node) for node in body[1 : n + 1]]
 
     *imports, guard = head(step)
-    assert [*imports, guard] == head(STEPS[0])
+    # The steps from 07 on run on several threads, and say how long these wait for each other.
+    parents = [] if step.startswith(("01", "07")) else header(step)["Parent"]
+    assert all([*imports, guard] == head(parent) for parent in parents)
+    assert ("GOMP_SPINCOUNT" in guard) == (min([step, *parents]) >= "07")
     assert set(imports) <= {"import os", "import signal", "import sys"}
     assert guard.startswith("if __name__ == '__main__':\n    signal.signal(signal.SIGINT, ")
 
