@@ -60,7 +60,7 @@ def ours(args, folder, size, *flags, processes=1):
     command += [f"--{name}={value}" for name, value in zip(NAMES, size)]
     command += [f"--total_batch_tokens={batch}", f"--max_iters={args.iters}", "--no-bias"]
     command += [f"--eval_interval={args.iters // 2}", "--max_new_tokens=0", *flags]
-    command += [f"--device={args.device}"]
+    command += [f"--device={args.device}", "--overwrite"]
     subprocess.run(command, check=True, capture_output=True)
     return json.loads((folder / "out" / "metrics.jsonl").read_text().splitlines()[-1])
 

@@ -19,6 +19,7 @@ COMMANDS = {
     "kneser_ney": "",
     "resnet_measures": "",
     "imagenet_loader": "{imagenet}",
+    "nanogpt_parity": "--nanogpt {nanogpt}",
     "gpt2_speed": "--nanogpt {nanogpt}",
     "nanogpt_shakespeare": "--nanogpt {nanogpt}",
     "mnist_time_to_accuracy": "",
