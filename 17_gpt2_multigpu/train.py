@@ -80,18 +80,15 @@ def encode(args, text, flag):
 
 def map_tokens(path):
     """Return the tokens in a file, memory-mapped: nanoGPT's .bin, llm.c's, build-nanogpt's .npy."""
-    if path.suffix == ".npy":
-        return np.load(path, mmap_mode="r")
-    size, header = path.stat().st_size, np.fromfile(path, np.int32, 256).tolist()
-    offset, expected = 0, size - size % 2
-    if header[:2] == [
-        20240520,
-        1,
-    ]:  # llm.c's magic number and version; the number of tokens follows
-        offset, expected = 1024, 1024 + 2 * header[2]
-    if size != expected:
-        raise OSError(f"{path} is damaged, it has {size:,} bytes")
-    return np.memmap(path, np.uint16, "r", offset=offset)
+    try:
+        if path.suffix == ".npy":
+            return np.load(path, mmap_mode="r")
+        magic, version, n_tokens = np.fromfile(path, np.int32, 3).tolist()
+        if (magic, version) == (20240520, 1):  # llm.c: a header of 256 numbers before the tokens
+            return np.memmap(path, np.uint16, "r", offset=1024, shape=(n_tokens,))
+        return np.memmap(path, np.uint16, "r")
+    except ValueError as error:  # fewer tokens than it should have, or half a token
+        raise OSError(f"{path} is damaged, it has {path.stat().st_size:,} bytes") from error
 
 
 class Shards:
@@ -126,21 +123,14 @@ def load_data(args):
     for name in ("train", "val"):
         paths = [folder / f"{name}.bin"]
         if not paths[0].is_file():  # FineWeb's shards, in order: fineweb_train_000001.bin, ...
-            paths = sorted(
-                path for end in ("bin", "npy") for path in folder.glob(f"*_{name}_*.{end}")
-            )
+            paths = sorted(folder.glob(f"*_{name}_*.bin")) or sorted(folder.glob(f"*_{name}_*.npy"))
         if not paths:
             raise OSError(
                 f"no {name}.bin in {args.cache_dir} or {given}: python prepare.py makes it from "
                 "OpenWebText (25 GB to download, 100 GB of disk meanwhile, then 18), prepare.py "
                 "--corpus FILES from your text; stand-ins: python tests/standins.py DIR"
             )
-        try:
-            parts = [map_tokens(path) for path in paths]
-        except ValueError as error:
-            raise OSError(
-                f"{paths[0].parent}: a file is empty or damaged ({error!r:.100})"
-            ) from error
+        parts = [map_tokens(path) for path in paths]
         tokens = parts[0] if len(parts) == 1 else Shards(parts)
         if len(tokens) != sizes.get(name, len(tokens)):
             raise OSError(f"{paths[0]} is damaged, it has {len(tokens):,} tokens: prepare.py again")
