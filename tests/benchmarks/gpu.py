@@ -255,7 +255,7 @@ def small_flags(bench, name, device, out_dir, max_iters, *more):
 def kill_and_resume(bench, name):
     """Return how a run's weights, killed in its middle, differ from those of an unbroken one."""
     whole, broken, n = bench.new_folder(), bench.new_folder(), 24 if name == "15" else 200
-    n *= 1 if bench.tiny else 4  # a GPU is faster
+    n *= 1 if bench.tiny else 2  # a GPU is faster
     train(name, small_flags(bench, name, bench.device, whole, n))
     flags = [name, bench.device, broken, n]
     command = [sys.executable, SCRIPTS[name], *small_flags(bench, *flags)]
