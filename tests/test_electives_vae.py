@@ -132,6 +132,22 @@ def test_bound_meets_the_exact_likelihood_of_a_linear_gaussian_model():
     torch.testing.assert_close(bounds[2], exact.mean(), rtol=0, atol=0.01)
 
 
+def test_encoder_and_decoder_are_perceptrons_with_silu():
+    model, x = new_model(n_layer=2), torch.randn(5, 6).double()
+    layers = [nn.Sequential(layer, nn.SiLU()) for layer in model.encoder.hidden]
+    torch.testing.assert_close(model.encoder(x), nn.Sequential(*layers, model.encoder.out)(x))
+    assert model.decoder(torch.randn(5, 3).double()).shape == (5, 6)
+
+
+def test_likelihood_of_extreme_logits_is_finite():
+    model = new_model(n_latent=2, n_layer=0)
+    model.decoder.out.weight.data.fill_(1e3)
+    x, z = torch.tensor([[0.0, 1, 0, 1, 0, 1]]).double(), torch.ones(1, 1, 2).double()
+    bias = model.decoder.out.bias
+    expected = -(2e3 + bias[0] + 2e3 + bias[2] + 2e3 + bias[4])  # white where it is certainly black
+    torch.testing.assert_close(model.log_likelihood(x, z)[0, 0], expected)
+
+
 # ---------- training ----------
 
 
