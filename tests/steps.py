@@ -44,6 +44,8 @@ TINY = {
     " --max_iters 6 --eval_interval 3 --max_new_tokens 10",
     "17_gpt2_multigpu": "--n_layer 2 --n_head 2 --n_embd 16 --block_size 16 --batch_size 2"
     " --total_batch_tokens 64 --max_iters 4 --eval_interval 2 --max_new_tokens 5",
+    "electives/dropout": "--max_iters 6 --eval_interval 3 --batch_size 32 --n_hidden 16"
+    " --n_train 100 --n_seeds 2",
     "electives/induction": "--max_iters 6 --eval_interval 3 --batch_size 8 --n_embd 16"
     " --vocab_size 16 --block_size 16 --period_min 3 --period_max 7",
     "electives/lstm": "--max_iters 6 --eval_interval 3 --batch_size 8 --n_embd 16 --n_hidden 16"
