@@ -22,9 +22,10 @@ def draw_gradients(runs, path):
         cell = json.loads((Path(run) / "args.json").read_text())["cell"]
         record = read_metrics(run)[-1]
         norms = {int(key[9:]): record[key] for key in record if key.startswith("gradient_")}
-        label = f"{cell}, test perplexity {math.exp(record['test_loss']):.1f}"
+        perplexity = math.exp(min(record["test_loss"], 700))  # math.exp overflows above 709
+        label = f"{cell}, iteration {record['iter']}, test perplexity {perplexity:.1f}"
         axis.plot(norms.keys(), norms.values(), marker=".", label=label)
-    axis.set(xlabel="distance (words)", ylabel="gradient norm, relative to the last word's")
+    axis.set(xlabel="distance (words)", ylabel="relative gradient norm")
     axis.set(xscale="log", yscale="log", title="How far back the gradient of a word's loss reaches")
     axis.set_xticks([*norms], [*norms])
     axis.grid(alpha=0.3)
