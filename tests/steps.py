@@ -54,6 +54,8 @@ TINY = {
     " --warmup_iters 2",
     "electives/vae": "--max_iters 6 --eval_interval 3 --batch_size 32 --n_hidden 16"
     " --warmup_iters 2 --eval_k 5",
+    "electives/vpg": "--max_iters 6 --eval_interval 3 --n_envs 4 --n_frames 64 --n_hidden 16"
+    " --eval_episodes 5",
 }
 
 

@@ -1,0 +1,266 @@
+"""Elective vpg: vanilla policy gradient on Gymnasium's environments.
+
+Parent:  06_mlp_nn
+New:     rewards_to_go, policy_loss, evaluate, draw_episode
+Changed: minibatches, train, parse_args
+Gone:    load_data
+
+The model is a policy, the probabilities of the actions in a state. No label says which action is
+right, but the policy makes its own data by acting, and rewards follow. The gradient of the expected
+return is the mean of the gradient of log p(action | state) times the rewards to go, those that
+follow the action (the policy gradient theorem). So the loss is a cross-entropy with the actions as
+labels, each weighted by what came of it. Less a baseline, the return that a second network predicts
+from the state, the weights have the same expected gradient and far less variance: advantages. Look
+at loss.png, and at episode.png: frames of an episode, untrained (above) and trained.
+
+Try:     --n_frames 32 --max_iters 1600 (what does it do to rely on the baseline sooner?),
+         or another environment: Acrobot-v1, LunarLander-v3
+Source:  Williams 1992, "Simple statistical gradient-following algorithms for connectionist
+         reinforcement learning"; Sutton et al. 2000, "Policy gradient methods for reinforcement
+         learning with function approximation"; Pardo et al. 2018, "Time limits in
+         reinforcement learning".
+"""
+
+import os
+import signal
+import sys
+
+if __name__ == "__main__":  # Ctrl-C ends the run with exit code 130, also during the imports below
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+import argparse
+import json
+import math
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from gymnasium.wrappers.vector import RecordEpisodeStatistics
+from torch.optim.lr_scheduler import LambdaLR
+from torchvision.io import write_png
+from tqdm import tqdm
+
+from plot import plot_run
+
+
+# ---------- data ----------
+def rewards_to_go(rewards, terminated, truncated, values, gamma):
+    """Return the discounted sum of the rewards from each frame to the end of its episode, (T, N).
+
+    For T frames of N environments: rewards and flags (T, N), and the baseline's values (T + 1, N),
+    one row more because frame t leads to the state of row t + 1. An episode that has terminated
+    (the pole fell) has no rewards after that. One that was truncated (its time was up) or that the
+    next call continues would have had more: the value of its last state stands for them.
+    """
+    returns = torch.empty_like(values)
+    returns[-1] = values[-1]
+    for t in reversed(range(len(rewards))):
+        future = torch.where(truncated[t], values[t + 1], returns[t + 1])
+        returns[t] = rewards[t] + gamma * ~terminated[t] * future
+    return returns[:-1]
+
+
+@torch.no_grad()
+def minibatches(envs, policy, baseline, args):
+    """Act forever; yield states x (B, D), actions y (B,) and rewards to go (B,) of T * N frames.
+
+    N environments run in parallel, n_frames = T each; the next minibatch continues the episodes.
+    """
+    x, _ = envs.reset(seed=args.seed)
+    x, done = torch.from_numpy(x), torch.zeros(args.n_envs, dtype=torch.bool)  # (N, D), (N,)
+    while True:
+        frames = []
+        for _ in range(args.n_frames):
+            # Gumbel-max: the argmax of logits plus Gumbel noise is a sample from the distribution.
+            logits = policy(x)  # (N, A)
+            y = (logits - torch.empty_like(logits).exponential_().log()).argmax(dim=1)  # (N,)
+            x_next, reward, *ends = map(torch.from_numpy, envs.step(y.numpy())[:4])
+            # In the last state of an episode Gymnasium ignores the action and begins the next one.
+            frames.append((x, y, ~done, reward, *ends))
+            x, done = x_next, ends[0] | ends[1]  # terminated or truncated
+        xs, ys, valid, rewards, terminated, truncated = map(torch.stack, zip(*frames))  # (T, N)
+        values = baseline(torch.cat([xs, x[None]])).squeeze(2)  # (T + 1, N)
+        returns = rewards_to_go(rewards, terminated, truncated, values, args.gamma)  # (T, N)
+        yield xs[valid], ys[valid], returns[valid]
+
+
+# ---------- model ----------
+class MLP(nn.Module):
+    """Maps x (B, D) to logits (B, C) through n_layer hidden layers of n_hidden units."""
+
+    def __init__(self, n_inputs, n_hidden, n_layer, n_classes):
+        super().__init__()
+        sizes = [n_inputs] + n_layer * [n_hidden]
+        self.hidden = nn.ModuleList(nn.Linear(n_in, n_out) for n_in, n_out in pairwise(sizes))
+        self.out = nn.Linear(sizes[-1], n_classes)
+        for param in self.parameters():
+            nn.init.zeros_(param)
+        for layer in self.hidden:
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")  # variance 2 / fan_in
+
+    def forward(self, x):
+        for layer in self.hidden:
+            x = F.relu(layer(x))  # (B, n_hidden)
+        return self.out(x)  # (B, C)
+
+
+def policy_loss(logits, y, advantages):
+    """Return the scalar whose gradient estimates minus the policy gradient, up to a factor.
+
+    Takes logits (B, C), actions y (B,) and advantages (B,), which are normalized: the size of the
+    updates then does not depend on the scale of the rewards.
+    """
+    advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
+    return (F.cross_entropy(logits, y, reduction="none") * advantages).mean()
+
+
+# ---------- evaluation ----------
+@torch.no_grad()
+def evaluate(policy, args):
+    """Return the mean return of eval_episodes in which the most probable action is taken."""
+    envs = gym.make_vec(args.env, num_envs=args.eval_episodes)
+    x, _ = envs.reset(seed=args.seed + 10**6)  # other episodes than those of training
+    returns, running = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, dtype=bool)
+    while running.any():
+        y = policy(torch.from_numpy(x)).argmax(dim=1)
+        x, reward, terminated, truncated, _ = envs.step(y.numpy())
+        returns += reward * running
+        running &= ~(terminated | truncated)
+    return returns.mean().item()
+
+
+@torch.no_grad()
+def draw_episode(policy, args):
+    """Return 8 frames of an episode, from its first to its last, as an image (3, H, W) of bytes."""
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws without a display
+    env = gym.make(args.env, render_mode="rgb_array")
+    x, _ = env.reset(seed=args.seed)
+    frames, done = [], False
+    while not done:
+        frame = torch.from_numpy(env.render()).permute(2, 0, 1).float()  # (3, height, width)
+        frames.append(F.avg_pool2d(frame, 4).byte())  # a quarter of the size
+        x, _, terminated, truncated, _ = env.step(policy(torch.from_numpy(x)).argmax().item())
+        done = terminated or truncated
+    return torch.cat([frames[i * (len(frames) - 1) // 7] for i in range(8)], dim=2)
+
+
+# ---------- training ----------
+def log_metrics(args, record):
+    """Append a record to metrics.jsonl and print it; a loss that is inf or nan ends the run."""
+    if not all(map(math.isfinite, record.values())):
+        problem = f"the loss is no longer finite at iteration {record['iter']}"
+        raise FloatingPointError(f"{problem}: lower --learning_rate {args.learning_rate}")
+    with open(args.out_dir / "metrics.jsonl", "a" if record["iter"] else "w") as file:
+        file.write(json.dumps(record) + "\n")
+    tqdm.write("  ".join(f"{key} {value:.5g}" for key, value in record.items()))
+
+
+def train(args):
+    """Run the whole step; return the last record of metrics.jsonl."""
+    start = time.perf_counter()
+    torch.manual_seed(args.seed)
+    envs = RecordEpisodeStatistics(gym.make_vec(args.env, num_envs=args.n_envs))
+    n_inputs, n_actions = envs.single_observation_space.shape[0], envs.single_action_space.n
+    model = MLP(n_inputs, args.n_hidden, args.n_layer, n_actions)
+    baseline = MLP(n_inputs, args.n_hidden, args.n_layer, 1)
+    batches = minibatches(envs, model, baseline, args)
+    groups = [
+        {"params": model.parameters(), "lr": args.learning_rate},
+        {"params": baseline.parameters(), "lr": args.baseline_learning_rate},
+    ]
+    optimizer = torch.optim.Adam(groups)  # SGD with a learning rate per parameter: see step 08
+    schedule = LambdaLR(optimizer, lambda iter_num: 1 - iter_num / args.max_iters)
+    episode, frames, losses = draw_episode(model, args), 0, {}
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "device": "cpu"}
+    (args.out_dir / "args.json").write_text(json.dumps(vars(args) | versions, default=str))
+
+    bar = tqdm(range(args.max_iters + 1), total=args.max_iters, disable=None)
+    for iter_num in bar:
+        if iter_num % args.eval_interval == 0 or iter_num == args.max_iters:
+            record = {"iter": iter_num, "seconds": time.perf_counter() - start}
+            record |= {"frames": frames, "solved": gym.spec(args.env).reward_threshold, **losses}
+            if envs.return_queue:  # of the last 100 episodes, whose actions were sampled
+                record["train_return"] = float(np.mean(envs.return_queue))
+            record["test_return"] = evaluate(model, args)
+            log_metrics(args, record)
+            if iter_num == args.max_iters:
+                break  # the last pass only evaluates
+
+        x, y, returns = next(batches)
+        frames += len(x)
+        logits = model(x)
+        values = baseline(x).squeeze(1)  # (B,)
+        loss = policy_loss(logits, y, returns - values.detach())
+        baseline_loss = F.mse_loss(values, returns)
+        losses = {"train_loss": loss.item(), "baseline_loss": baseline_loss.item()}
+        bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        optimizer.zero_grad()
+        loss.backward()
+        baseline_loss.backward()
+        optimizer.step()
+        schedule.step()
+
+    episode = torch.cat([episode, draw_episode(model, args)], dim=1)
+    write_png(episode, str(args.out_dir / "episode.png"))
+    print(f"test return {record['test_return']:.1f} after {frames:,} frames")
+    print(f"picture: {plot_run(args.out_dir)}")
+    return record
+
+
+# ---------- command line ----------
+def number(kind, low, high=1e9):
+    """Return an argparse type: an int or float (kind) from low to high."""
+
+    def convert(text):
+        if low <= (value := kind(text)) <= high:
+            return value
+        raise ValueError
+
+    convert.__name__ = f"{kind.__name__} from {low:g} to {high:g}"  # argparse's error shows it
+    return convert
+
+
+def parse_args(argv=None):
+    """Return the command-line flags (by default of this process), checked."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        usage=argparse.SUPPRESS,  # so that an error is one line
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    flag = parser.add_argument_group("data").add_argument
+    names = ["CartPole-v1", "Acrobot-v1", "LunarLander-v3"]
+    flag("--env", choices=names, default=names[0], help="Gymnasium's environment")
+    flag("--n_envs", type=number(int, 1), default=16, help="environments in parallel")
+    flag("--n_frames", type=number(int, 2), default=256, help="frames per environment and update")
+    flag("--gamma", type=number(float, 0, 1), default=0.99, help="discount; usually 0.98 to 0.999")
+    flag = parser.add_argument_group("model").add_argument
+    flag("--n_layer", type=number(int, 0), default=2, help="number of hidden layers")
+    flag("--n_hidden", type=number(int, 1), default=64, help="units per hidden layer")
+    flag = parser.add_argument_group("optimizer").add_argument
+    flag("--learning_rate", type=number(float, 0), default=3e-3, help="first; usually 1e-4 to 1e-2")
+    flag("--baseline_learning_rate", type=number(float, 0), default=1e-2, help="usually higher")
+    flag("--max_iters", type=number(int, 1), default=200, help="number of parameter updates")
+    flag = parser.add_argument_group("logging").add_argument
+    flag("--eval_interval", type=number(int, 1), default=20, help="iterations between evaluations")
+    flag("--eval_episodes", type=number(int, 1), default=100, help="episodes per evaluation")
+    flag("--out_dir", type=Path, default=Path(__file__).parent / "out", help="output directory")
+    flag = parser.add_argument_group("system").add_argument
+    flag("--seed", type=number(int, 0), default=1337, help="seed of the random numbers")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # on so small a model a second thread costs more than it gains
+    try:
+        train(parse_args())
+    except (FloatingPointError, MemoryError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise  # a bug: the traceback shows where
+        print(f"train.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
