@@ -136,3 +136,16 @@ def definitions(step):
             first = min([node.lineno] + [d.lineno for d in node.decorator_list])
             found[node.name] = "\n".join(lines[first - 1 : node.end_lineno])
     return found
+
+
+def distinct(folders, text):
+    """Return the first of the folders for every text(folder): its copies would fail together."""
+    found = {}
+    for folder in folders:
+        found.setdefault(text(folder), folder)
+    return list(found.values())
+
+
+def main_guard(step):
+    """Return the last lines of a train.py: what runs when it is started as a program."""
+    return source(step).rpartition("\nif __name__")[2]

@@ -314,7 +314,9 @@ def test_training_is_adamw_with_warm_up_cosine_and_decay_of_matrices(
         F.cross_entropy(model(x).flatten(0, -2), y.flatten()).backward()
         optimizer.step()
     assert len(batches) == 12
-    for p, q in zip(trained, model.parameters()):
+    for p, (part, q) in zip(trained, model.named_parameters()):
+        if part.endswith("c_attn.bias"):  # softmax ignores a key's bias: its gradient is rounding
+            p, q = (bias.view(3, -1)[[0, 2]] for bias in (p, q))
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
 
 

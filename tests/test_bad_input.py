@@ -14,7 +14,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from steps import FOLDERS, ROOT, STEPS, load_step, run_main, source, tiny_flags
+from steps import (
+    FOLDERS,
+    ROOT,
+    STEPS,
+    definitions,
+    distinct,
+    load_step,
+    main_guard,
+    run_main,
+    source,
+    tiny_flags,
+)
 from tqdm import tqdm
 
 NUMBER = re.compile(
@@ -34,6 +45,8 @@ BAD_NUMBERS = [
     )
 ]
 MNIST_STEPS = [step for step in FOLDERS if re.search(r"\bMNIST\(|MNIST_SHA256", source(step))]
+LOADERS = distinct(MNIST_STEPS, lambda step: definitions(step)["load_data"])
+GUARDS = distinct(FOLDERS, main_guard)
 MNIST_FILES = [
     f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
 ]
@@ -42,6 +55,9 @@ BREAKS = {
     "empty": lambda content: b"",
     "another format": lambda content: b"<html><body>not found</body></html>",
 }
+# Every file broken in every way once; of the other copies of load_data one case.
+BROKEN = [(LOADERS[0], name, how) for name in MNIST_FILES for how in BREAKS]
+BROKEN += [(step, MNIST_FILES[0], "truncated") for step in LOADERS[1:]]
 
 
 def assert_one_line(errors, *words):
@@ -87,7 +103,7 @@ def raise_in_the_loop(monkeypatch, error):
     monkeypatch.setattr("tqdm.tqdm.__iter__", iterate)
 
 
-@pytest.mark.parametrize("step", FOLDERS)
+@pytest.mark.parametrize("step", GUARDS)
 def test_too_little_memory_is_one_line(step, standins, tmp_path, monkeypatch):
     raise_in_the_loop(monkeypatch, MemoryError("Unable to allocate 8 TiB"))
     code, errors = run_main(step, *tiny_flags(step, standins, tmp_path))
@@ -95,7 +111,7 @@ def test_too_little_memory_is_one_line(step, standins, tmp_path, monkeypatch):
     assert_one_line(errors, "train.py: error: ", "8 TiB")
 
 
-@pytest.mark.parametrize("step", FOLDERS)
+@pytest.mark.parametrize("step", GUARDS)
 @pytest.mark.parametrize("error", [ValueError, RuntimeError, TypeError])
 def test_a_bug_of_the_learner_keeps_its_traceback(step, error, standins, tmp_path, monkeypatch):
     raise_in_the_loop(monkeypatch, error("a bug"))
@@ -103,7 +119,7 @@ def test_a_bug_of_the_learner_keeps_its_traceback(step, error, standins, tmp_pat
         run_main(step, *tiny_flags(step, standins, tmp_path))
 
 
-@pytest.mark.parametrize("step", [step for step in FOLDERS if '"--device"' in source(step)])
+@pytest.mark.parametrize("step", [step for step in GUARDS if '"--device"' in source(step)])
 def test_a_batch_over_the_gpus_memory(step, standins, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -157,7 +173,7 @@ def test_loss_that_is_not_a_number_stops_the_run(step, standins, tmp_path, monke
     assert [record["iter"] for record in finite_records(tmp_path)] == [0]
 
 
-@pytest.mark.parametrize("step", MNIST_STEPS)
+@pytest.mark.parametrize("step", LOADERS)
 def test_missing_mnist_says_what_to_do(step, tmp_path, no_network):
     code, errors = run_main(step, "--data_dir", tmp_path / "data", "--out_dir", tmp_path / "out")
     assert code == 2
@@ -166,9 +182,7 @@ def test_missing_mnist_says_what_to_do(step, tmp_path, no_network):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("step", MNIST_STEPS)
-@pytest.mark.parametrize("name", MNIST_FILES)
-@pytest.mark.parametrize("how", BREAKS)
+@pytest.mark.parametrize(("step", "name", "how"), BROKEN)
 def test_broken_mnist_file_is_named(step, name, how, standins, tmp_path, no_network):
     shutil.copytree(standins / "MNIST", tmp_path / "MNIST")
     broken = tmp_path / "MNIST" / "raw" / name
@@ -179,7 +193,7 @@ def test_broken_mnist_file_is_named(step, name, how, standins, tmp_path, no_netw
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("step", MNIST_STEPS)
+@pytest.mark.parametrize("step", LOADERS)
 def test_labels_of_other_images_are_noticed(step, standins, tmp_path, no_network):
     shutil.copytree(standins / "MNIST", tmp_path / "MNIST")
     raw = tmp_path / "MNIST" / "raw"

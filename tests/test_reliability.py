@@ -16,10 +16,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from steps import ROOT, STEPS, load_plot, load_step, run_main, source, tiny_flags
+from steps import (
+    ROOT,
+    STEPS,
+    definitions,
+    distinct,
+    load_plot,
+    load_step,
+    main_guard,
+    run_main,
+    source,
+    tiny_flags,
+)
 
 LONG_RUNS = [step for step in STEPS if '"--overwrite"' in source(step)]
 MNIST_STEPS = [step for step in STEPS if " MNIST(" in source(step)]
+LOADERS = distinct(MNIST_STEPS, lambda step: definitions(step)["load_data"])
 TIMES = ("seconds", "images_per_second", "tokens_per_second", "data_share", "memory_gib", "mfu")
 
 
@@ -237,7 +249,7 @@ ODD_MNIST = {
 }
 
 
-@pytest.mark.parametrize("step", MNIST_STEPS)
+@pytest.mark.parametrize("step", LOADERS)
 @pytest.mark.parametrize("odd", ODD_MNIST)
 def test_odd_mnist_is_named(step, odd, standins, tmp_path, no_network):
     shutil.copytree(standins / "MNIST", tmp_path / "MNIST")
@@ -268,7 +280,7 @@ def test_replaced_images_are_packed_anew(standins, tmp_path):
 
 
 # ---------- memory ----------
-@pytest.mark.parametrize("step", [step for step in STEPS if not step.startswith("01")])
+@pytest.mark.parametrize("step", distinct(STEPS[1:], main_guard))
 def test_an_allocation_that_fails_is_one_line(step, standins, tmp_path, monkeypatch):
     def iterate(bar):
         torch.empty(10**15)

@@ -11,8 +11,8 @@ the same token before. To find it takes two heads in a row. One in the first lay
 position which token stands before it; an induction head in the second attends to the positions
 behind earlier occurrences of the present token, and copies what stands there. One layer learns
 little more than which tokens occur. The loss falls at once when the heads form; attention.png shows
-them. Shorter rings than those in training are copied as well, longer ones are not: the first head
-has learned to look one position back only at the positions where training needed it. In ascending
+them. Shorter periods than those in training are copied as well, longer ones are not: in the picture
+the first head looks one position back only at the positions where training needed it. In ascending
 integers, every token has one successor: the weights can store it, no context is needed.
 
 Try:     --n_layer 1 (what is left to learn?)
@@ -51,9 +51,9 @@ from plot import plot_run
 def make_sequences(args, n, period_min, period_max):
     """Return x (n, T), n new sequences of tokens, and y (n, T), the tokens after them.
 
-    A sequence starts with a ring of `period` different tokens, goes on from a random one of them,
-    and round and round. y is -100, cross_entropy's ignore_index, where nobody can know the next
-    token: in the ring's first round, and later after its last token, which was followed by a jump.
+    A sequence starts with `period` different tokens and then repeats them cyclically, beginning
+    with a random one. y is -100, cross_entropy's ignore_index, where the next token cannot be known
+    from earlier ones: in the first period, and after its last token, where the cycle closes.
     With --task ascending, integers ascend from a random one instead; 0 follows the largest.
     """
     places = torch.arange(args.block_size + 1)  # (T + 1,)
@@ -62,9 +62,9 @@ def make_sequences(args, n, period_min, period_max):
         return tokens[:, :-1], tokens[:, 1:]
     period = torch.randint(period_min, period_max + 1, (n, 1))
     start = (torch.rand(n, 1) * period).long()
-    ring = torch.where(places < period, places, (places - period + start) % period)  # (n, T + 1)
-    tokens = torch.rand(n, args.vocab_size).argsort(dim=1).gather(1, ring)  # of permutations (n, V)
-    is_known = (places >= period) & (ring < period - 1)  # (n, T + 1)
+    index = torch.where(places < period, places, (places - period + start) % period)  # (n, T + 1)
+    tokens = torch.rand(n, args.vocab_size).argsort(dim=1).gather(1, index)  # of permutations
+    is_known = (places >= period) & (index < period - 1)  # (n, T + 1)
     return tokens[:, :-1], tokens[:, 1:].masked_fill(~is_known[:, :-1], -100)
 
 

@@ -173,7 +173,7 @@ def train(args):
         {"params": model.parameters(), "lr": args.learning_rate},
         {"params": baseline.parameters(), "lr": args.baseline_learning_rate},
     ]
-    optimizer = torch.optim.Adam(groups)  # SGD with a learning rate per parameter: see step 08
+    optimizer = torch.optim.Adam(groups)  # step 08 explains it
     schedule = LambdaLR(optimizer, lambda iter_num: 1 - iter_num / args.max_iters)
     episode, frames, losses = draw_episode(model, args), 0, {}
     args.out_dir.mkdir(parents=True, exist_ok=True)
@@ -259,7 +259,13 @@ if __name__ == "__main__":
     torch.set_num_threads(1)  # on so small a model a second thread costs more than it gains
     try:
         train(parse_args())
-    except (FloatingPointError, MemoryError, OSError, RuntimeError) as error:
+    except (
+        gym.error.DependencyNotInstalled,  # of LunarLander: Box2D
+        FloatingPointError,
+        MemoryError,
+        OSError,
+        RuntimeError,
+    ) as error:
         if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
             raise  # a bug: the traceback shows where
         print(f"train.py: error: {error}", file=sys.stderr)
