@@ -192,6 +192,7 @@ def train(args):
             if iter_num == args.max_iters:
                 break  # the last pass only evaluates
 
+        # Each minibatch serves one update: the theorem is about actions of the present policy.
         x, y, returns = next(batches)
         frames += len(x)
         logits = model(x)
