@@ -3,6 +3,9 @@
 import os
 import shutil
 import signal
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the steps do, before torch is imported
+
 import urllib.error
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

@@ -2,16 +2,12 @@
 
 import json
 import math
-import os
-import signal
-import subprocess
 import sys
-import time
 
 import pytest
 import torch
 import torch.nn.functional as F
-from steps import ROOT, load_step, run_main, tiny_flags
+from steps import load_step, run_main, tiny_flags
 
 STEP = "16_nanogpt_shakespeare"
 step = load_step(STEP)
@@ -347,51 +343,6 @@ def test_sampling_does_not_disturb_training(standins, tmp_path):
         losses.append(step.train(step.parse_args(flags))["val_loss"])
     assert losses[0] == losses[1]
     assert (tmp_path / "20" / "samples.txt").read_text().count("=== iter") == 3
-
-
-def state_of(path):
-    """Return the tensors of a checkpoint, all of them, in order."""
-    checkpoint = torch.load(path, weights_only=True)
-    checkpoint["state"].pop("seconds")
-    checkpoint["state"].pop("log_sizes")  # the times in the records vary in length
-    for name in ("seconds", "tokens_per_second"):
-        checkpoint["state"]["record"].pop(name)
-    return checkpoint
-
-
-def assert_equal(a, b):
-    assert type(a) is type(b)
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_equal(a[key], b[key])
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b)
-        for x, y in zip(a, b):
-            assert_equal(x, y)
-    else:
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
-def test_killed_and_resumed_is_bit_identical(standins, tmp_path):  # Muon's state and AdamW's
-    flags = tiny_flags(STEP, standins, tmp_path / "killed")
-    flags += ["--max_iters", "120", "--eval_interval", "20", "--dropout", "0.2"]
-    command = [sys.executable, str(ROOT / STEP / "train.py"), *flags]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    log = tmp_path / "killed" / "metrics.jsonl"
-    deadline = time.time() + 120
-    while time.time() < deadline and not (log.exists() and len(log.read_text().splitlines()) > 2):
-        time.sleep(0.02)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
-    assert torch.load(tmp_path / "killed/last.pt", weights_only=True)["state"]["iter_num"] < 120
-    subprocess.run([*command, "--init_from", "resume"], env=env, check=True, capture_output=True)
-    command[command.index(str(tmp_path / "killed"))] = str(tmp_path / "whole")
-    subprocess.run(command, env=env, check=True, capture_output=True)
-    assert_equal(state_of(tmp_path / "killed/last.pt"), state_of(tmp_path / "whole/last.pt"))
-    iters = [[r["iter"] for r in records(tmp_path / name)] for name in ("killed", "whole")]
-    assert iters[0] == iters[1]
 
 
 def test_every_iteration_of_every_seed_has_its_own_minibatch(standins, tmp_path, monkeypatch):
