@@ -228,6 +228,7 @@ def test_strip_shows_an_episode_from_its_first_to_its_last_frame(monkeypatch):
 def test_training_follows_the_gradient_of_advantages_and_fits_the_baseline(tmp_path):
     flags = "--max_iters 5 --eval_interval 2 --n_envs 3 --n_frames 40 --n_hidden 8 --n_layer 1"
     flags += " --learning_rate 0.03 --baseline_learning_rate 0.1 --gamma 0.9 --eval_episodes 4"
+    flags += " --entropy_coef 0.3"
     args, records = run(tmp_path, *flags.split())
     torch.manual_seed(args.seed)
     policy, critic = vpg.MLP(4, 8, 1, 2), vpg.MLP(4, 8, 1, 1)
@@ -248,7 +249,8 @@ def test_training_follows_the_gradient_of_advantages_and_fits_the_baseline(tmp_p
         advantages = returns - critic(x)[:, 0]
         baseline_loss = (advantages**2).mean()
         weights = ((advantages - advantages.mean()) / advantages.std(correction=0)).detach()
-        loss = -(Categorical(logits=policy(x)).log_prob(y) * weights).mean()
+        actions = Categorical(logits=policy(x))
+        loss = -(actions.log_prob(y) * weights).mean() - 0.3 * actions.entropy().mean()
         losses = {"train_loss": loss.item(), "baseline_loss": baseline_loss.item()}
         for optimizer, objective, rate in zip(optimizers, (loss, baseline_loss), (0.03, 0.1)):
             optimizer.param_groups[0]["lr"] = rate * (5 - i) / 5  # decays linearly to 0
