@@ -13,8 +13,8 @@ labels, each weighted by what came of it. Less a baseline, the return that a sec
 from the state, the weights have the same expected gradient and far less variance: advantages. Look
 at loss.png, and at episode.png: frames of an episode, untrained (above) and trained.
 
-Try:     --n_frames 32 --max_iters 3200 (what does it do to rely on the baseline sooner?),
-         or another environment: Acrobot-v1, LunarLander-v3
+Try:     --n_frames 32 (what does it do to rely on the baseline sooner?), --entropy_coef 0, or
+         Acrobot-v1, another environment, which these settings do not solve (why?)
 Source:  Williams 1992, "Simple statistical gradient-following algorithms for connectionist
          reinforcement learning"; Sutton et al. 2000, "Policy gradient methods for reinforcement
          learning with function approximation"; Pardo et al. 2018, "Time limits in
