@@ -5,13 +5,13 @@ New:     CausalSelfAttention, MLP, Block, GPT
 Changed: windows, load_data, evaluate, generate, sample, train, parse_args
 Gone:    WordMLP
 
-T words in, T next words out: each position predicts the word after it, so one pass gives T training
-signals. In self-attention a position takes a weighted mean over itself and the positions before it,
-with weights computed from the words themselves: a longer context adds no parameters to a block. A
-minibatch of 16 windows has as many targets as step 11's 512. This model needs less dropout and, as
-the loss is still falling, a higher learning rate and 500 iterations more.
+T words in, T next words out: one pass gives T training signals, and 16 windows as many as step 11's
+minibatch of 512. In self-attention a position takes a weighted mean over itself and the positions
+before it, with weights computed from the words: a longer context adds no parameters to a block. The
+model needs less dropout than step 11's, a higher learning rate and 500 more iterations.
 
-Try:     --n_layer 1 (gain of depth?), --block_size 8 --eval_stride 4 --batch_size 64 (of context?)
+Try:     --n_layer 1 (what does depth give?)
+         --block_size 8 --eval_stride 4 --batch_size 64 (what does context give?)
 Source:  Vaswani et al. 2017, "Attention is all you need"; Radford et al. 2019, "Language models are
          unsupervised multitask learners" (GPT-2, whose names and normalization these are).
 """

@@ -41,13 +41,13 @@ def read_metrics(run):
 
 def draw(runs, path):
     """Plot one or several runs into the PNG file path, and return path."""
+    logs = [read_metrics(run) for run in runs]
     figure, axes = plt.subplots(
         1, len(PANELS), figsize=(6 * len(PANELS), 4), squeeze=False, layout="constrained"
     )
     figure.suptitle(TITLE)
     for axis, panel in zip(axes[0], PANELS):
-        for run in runs:
-            records = read_metrics(run)
+        for run, records in zip(runs, logs):
             for key in panel["curves"]:
                 points = [(r["iter"], r[key]) for r in records if key in r]
                 suffix = f" ({run})" if len(runs) > 1 else ""

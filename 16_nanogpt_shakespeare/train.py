@@ -350,7 +350,7 @@ def load_checkpoint(path, parts, template):
 
 
 def lock_folder(folder):
-    """Create a folder, or take it over, for this process alone, until it ends."""
+    """Create a folder if it is missing, and lock it until this process ends."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
     try:
@@ -360,7 +360,7 @@ def lock_folder(folder):
 
 
 def open_out_dir(args, device):
-    """Prepare out_dir for this run and write args.json; an earlier run's checkpoints are safe."""
+    """Lock out_dir and write args.json; checkpoints there are an error without --overwrite."""
     old = [] if args.init_from == "resume" else sorted(args.out_dir.glob("*.pt"))
     if old and not args.overwrite:
         raise OSError(f"--out_dir: {old[-1]} would be lost; add --init_from resume or --overwrite")

@@ -537,7 +537,7 @@ def load_checkpoint(path, parts, template):
 
 
 def lock_folder(folder):
-    """Create a folder, or take it over, for this process alone, until it ends."""
+    """Create a folder if it is missing, and lock it until this process ends."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
     try:
@@ -547,7 +547,7 @@ def lock_folder(folder):
 
 
 def open_out_dir(args, device):
-    """Prepare out_dir for this run and write args.json; an earlier run's checkpoints are safe."""
+    """Lock out_dir and write args.json; checkpoints there are an error without --overwrite."""
     old = [] if args.init_from == "resume" else sorted(args.out_dir.glob("*.pt"))
     if old and not args.overwrite:
         raise OSError(f"--out_dir: {old[-1]} would be lost; add --init_from resume or --overwrite")
@@ -761,9 +761,13 @@ def train(args, signals=None):
     state["log_sizes"] = []
     last, best = args.out_dir / "last.pt", args.out_dir / "best.pt"
     logs = [args.out_dir / "metrics.jsonl", args.out_dir / "samples.txt"]
-    # A job that torchrun or Slurm has restarted resumes by itself, all processes or none.
+    # A job that torchrun or Slurm has restarted resumes its own run, all processes or none.
+    args.job = os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("SLURM_JOB_ID") or ""
+    old_args = args.out_dir / "args.json"
+    is_own = old_args.is_file() and json.dumps({"job": args.job})[1:-1] in old_args.read_text()
     counts = (os.environ.get(f"{who}_RESTART_COUNT") for who in ("TORCHELASTIC", "SLURM"))
-    n_restarts, n_found = all_sum([sum(int(n or 0) for n in counts), last.is_file()], device)
+    n_restarts = sum(int(n or 0) for n in counts) * is_own
+    n_restarts, n_found = all_sum([n_restarts, last.is_file()], device)
     if 0 < n_found < args.world_size:
         problem = f"only {n_found:g} of {args.world_size} processes find {last}"
         raise argparse.ArgumentTypeError(f"--out_dir must be shared: {problem}")
@@ -789,7 +793,7 @@ def train(args, signals=None):
     batches = minibatches(args, train_ids, start_iter, device)
     x, y = next(batches)
     since, since_iter, speed = time.perf_counter(), start_iter, {}
-    stop_requested, save_due, saved = False, False, time.perf_counter()
+    stop_requested, save_due, last_saved = False, False, time.perf_counter()
     if signals is not None:
         catch_signals(signals)
 
@@ -801,7 +805,7 @@ def train(args, signals=None):
         state |= {"iter_num": iter_num, "seconds": time.perf_counter() - start}
         if stop_requested or save_due:
             save_checkpoint(args, [last], parts, state)
-            saved = time.perf_counter()
+            last_saved = time.perf_counter()
         if stop_requested:
             if is_main_process:
                 print(f"stopped at iteration {iter_num}; --init_from resume continues from {last}")
@@ -822,7 +826,7 @@ def train(args, signals=None):
             paths += [args.out_dir / f"iter_{iter_num:08d}.pt"] * (args.keep > 0) + [last]
             state |= {"record": record, "best": min(record["val_loss"], state["best"])}
             save_checkpoint(args, paths, parts, state)
-            saved = time.perf_counter()
+            last_saved = time.perf_counter()
             since, since_iter = time.perf_counter(), iter_num
         if iter_num == args.max_iters:
             break
@@ -842,7 +846,7 @@ def train(args, signals=None):
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
         orphaned = dist.is_initialized() and os.getppid() != parent  # torchrun was killed
         # One all-reduce and one wait for the GPU per update.
-        flags = [bool(signals) or orphaned, time.perf_counter() - saved > SAVE_SECONDS]
+        flags = [bool(signals) or orphaned, time.perf_counter() - last_saved > SAVE_SECONDS]
         totals = all_sum([loss, gather_full(grad_norm), *flags], device)
         loss, grad_norm, stop_requested, save_due = (total / args.world_size for total in totals)
         if not math.isfinite(loss):

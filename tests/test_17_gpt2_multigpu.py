@@ -796,23 +796,49 @@ def test_all_processes_resume_or_none(small_data, tmp_path, monkeypatch):
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_restarted_job_does_not_resume_the_run_of_another(small_data, tmp_path, monkeypatch):
+    run(small_data, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # its first attempt was refused
+    with pytest.raises(OSError, match="--overwrite"):
+        run(small_data, tmp_path, "--max_iters", 8)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    run(small_data, tmp_path, "--max_iters", 8, "--overwrite")
+    again = run(small_data, tmp_path, "--max_iters", 9)  # now it is the job's own
+    assert [record["iter"] for record in records(tmp_path)] == [0, 3, 6, 8, 9]
+    assert again["iter"] == 9
+
+
 def test_a_spike_is_skipped(small_data, tmp_path, capsys, monkeypatch):
-    normal, count = step.all_sum, iter(range(10**6))
+    normal, make_optimizers, models, weights = step.all_sum, step.make_optimizers, [], []
 
-    def spike(values, device):  # iteration 105 reports an absurd loss
+    def spy(args, model):
+        models.append(model)
+        return make_optimizers(args, model)
+
+    def spike(values, device):  # update 105 reports an absurd loss
         total = normal(values, device)
-        return [total[0] + 1000 * (len(total) == 4 and next(count) == 105), *total[1:]]
+        if len(total) == 4:  # of an update, before it changes the weights
+            weights.append(models[0].wte.weight.detach().clone())
+            total[0] += 1000 * (len(weights) == 106)
+        return total
 
+    monkeypatch.setattr(step, "make_optimizers", spy)
     monkeypatch.setattr(step, "all_sum", spike)
-    flags = ["--max_iters", 107, "--eval_interval", 1, "--optimizer", "adamw"]
-    run(small_data, tmp_path, *flags, "--keep", 4)
+    run(small_data, tmp_path, "--max_iters", 108, "--eval_interval", 108, "--optimizer", "adamw")
     assert capsys.readouterr().out.count("update 105 skipped") == 1
-    names = [f"iter_{i:08d}.pt" for i in (104, 105, 106, 107)]
+    assert not torch.equal(weights[104], weights[105])
+    assert torch.equal(weights[105], weights[106])
+    assert not torch.equal(weights[106], weights[107])
+
+
+def test_older_checkpoints_are_kept(small_data, tmp_path):
+    run(small_data, tmp_path, "--keep", 2, "--eval_interval", 2)
+    names = ["iter_00000004.pt", "iter_00000006.pt"]
     assert sorted(path.name for path in tmp_path.glob("iter_*")) == names
-    models = [checkpoint(tmp_path, name)["model"]["wte.weight"] for name in names]
-    assert not torch.equal(models[0], models[1])
-    assert torch.equal(models[1], models[2])
-    assert not torch.equal(models[2], models[3])
+    assert [checkpoint(tmp_path, name)["state"]["iter_num"] for name in names] == [4, 6]
+    assert_equal(checkpoint(tmp_path, names[1]), checkpoint(tmp_path))
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(small_data, tmp_path, monkeypatch):

@@ -222,7 +222,7 @@ def draw_attention(args, model, x, y):
     figure, axes = plt.subplots(1, 3, figsize=(15, 5), layout="constrained")
     for axis, name, score in zip(axes, ("previous-token", "induction"), scores):
         layer, head = divmod(score.argmax().item(), args.n_head)
-        axis.imshow(model.h[layer].attn.weights[0, head], cmap="Blues", vmin=0, vmax=1)
+        axis.imshow(model.h[layer].attn.weights[0, head].numpy(), cmap="Blues", vmin=0, vmax=1)
         axis.set_title(f"best {name} head: layer {layer + 1}, score {score.max():.2f}")
         axis.set(xlabel="position attended to", ylabel="position")
     periods = range(2, min(args.vocab_size, args.block_size - 1) + 1)

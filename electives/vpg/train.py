@@ -9,16 +9,17 @@ The model is a policy, the probabilities of the actions in a state. No label say
 right, but the policy makes its own data by acting, and rewards follow. The gradient of the expected
 return is the mean of the gradient of log p(action | state) times the rewards to go, those that
 follow the action (the policy gradient theorem). So the loss is a cross-entropy with the actions as
-labels, each weighted by what came of it. Less a baseline, the return that a second network predicts
-from the state, the weights have the same expected gradient and far less variance: advantages. Look
-at loss.png, and at episode.png: frames of an episode, untrained (above) and trained.
+labels, each weighted by its reward to go. To subtract a baseline, the return that a second network
+predicts from the state, leaves the expected gradient as it is and greatly lowers its variance; the
+differences are called advantages. A bonus for the policy's entropy keeps it exploring. Look at
+loss.png, and at episode.png: frames of an episode, untrained (above) and trained (below).
 
 Try:     --n_frames 32 (what does it do to rely on the baseline sooner?), --entropy_coef 0, or
          Acrobot-v1, another environment, which these settings do not solve (why?)
 Source:  Williams 1992, "Simple statistical gradient-following algorithms for connectionist
          reinforcement learning"; Sutton et al. 2000, "Policy gradient methods for reinforcement
          learning with function approximation"; Pardo et al. 2018, "Time limits in
-         reinforcement learning".
+         reinforcement learning"; Williams and Peng 1991 (entropy bonus).
 """
 
 import os
