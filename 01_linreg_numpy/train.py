@@ -161,5 +161,5 @@ if __name__ == "__main__":
     try:
         train(parse_args())
     except (FloatingPointError, MemoryError, OSError) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
+        print(f"train.py: error: {error}".replace("\n", " "), file=sys.stderr)
         sys.exit(2)

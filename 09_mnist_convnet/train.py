@@ -238,5 +238,5 @@ if __name__ == "__main__":
     except (FloatingPointError, MemoryError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
             raise  # a bug: the traceback shows where
-        print(f"train.py: error: {error}", file=sys.stderr)
+        print(f"train.py: error: {error}".replace("\n", " "), file=sys.stderr)
         sys.exit(2)

@@ -396,5 +396,5 @@ if __name__ == "__main__":
         mistakes = (argparse.ArgumentTypeError, FloatingPointError, MemoryError, OSError)
         if not isinstance(error, mistakes) and "allocate memory" not in str(error):
             raise  # a bug: the traceback shows where
-        print(f"train.py: error: {error}", file=sys.stderr)
+        print(f"train.py: error: {error}".replace("\n", " "), file=sys.stderr)
         sys.exit(2)

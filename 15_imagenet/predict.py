@@ -49,5 +49,5 @@ if __name__ == "__main__":
     try:
         predict(parse_args())
     except OSError as error:
-        print(f"predict.py: error: {error}", file=sys.stderr)
+        print(f"predict.py: error: {error}".replace("\n", " "), file=sys.stderr)
         sys.exit(2)

@@ -38,5 +38,5 @@ if __name__ == "__main__":
         print("sample.py: error: out of GPU memory: lower --num_samples", file=sys.stderr)
         sys.exit(2)
     except (argparse.ArgumentTypeError, MemoryError, OSError, UnicodeDecodeError) as error:
-        print(f"sample.py: error: {error}", file=sys.stderr)
+        print(f"sample.py: error: {error}".replace("\n", " "), file=sys.stderr)
         sys.exit(2)

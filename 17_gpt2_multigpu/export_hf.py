@@ -52,5 +52,5 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except (argparse.ArgumentTypeError, ImportError, MemoryError, OSError) as error:
-        print(f"export_hf.py: error: {error}", file=sys.stderr)
+        print(f"export_hf.py: error: {error}".replace("\n", " "), file=sys.stderr)
         sys.exit(2)

@@ -86,7 +86,7 @@ if __name__ == "__main__":
         print("hellaswag.py: error: out of GPU memory", file=sys.stderr)
         sys.exit(2)
     except (argparse.ArgumentTypeError, MemoryError, OSError) as error:
-        print(f"hellaswag.py: error: {error}", file=sys.stderr)
+        print(f"hellaswag.py: error: {error}".replace("\n", " "), file=sys.stderr)
         sys.exit(2)
     if dist.is_initialized():
         dist.destroy_process_group()

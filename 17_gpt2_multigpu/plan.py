@@ -206,5 +206,5 @@ if __name__ == "__main__":
         args = parse_args()
         print_plan(args, plan(args))
     except argparse.ArgumentTypeError as error:
-        print(f"plan.py: error: {error}", file=sys.stderr)
+        print(f"plan.py: error: {error}".replace("\n", " "), file=sys.stderr)
         sys.exit(2)

@@ -26,14 +26,15 @@ import numpy as np
 from tqdm import tqdm
 from train import NO_BPE, load_bpe, lock_folder, number, write_file
 
-OPENWEBTEXT = "hf://datasets/Skylion007/openwebtext@refs%2Fconvert%2Fparquet/plain_text/train/"
+OPENWEBTEXT = "hf://datasets/Skylion007/openwebtext@79d93d786212f7344586290adb811d4ae6a1762c/"
 FORMATS = {".jsonl": "json", ".txt": "text", ".parquet": "parquet"}
 
 
 def load_documents(args):
     """Return the documents of --corpus, or of OpenWebText, as a datasets.Dataset."""
     files = [glob.escape(str(path)) for path in args.corpus]
-    files = files or [f"{OPENWEBTEXT}{i:04d}.parquet" for i in range(80)]
+    shards = (f"{OPENWEBTEXT}plain_text/train-{i:05d}-of-00080.parquet" for i in range(80))
+    files = files or list(shards)
     formats = {FORMATS.get(Path(file).suffix) for file in files}
     named = f"--corpus {' '.join(files[:5])}"
     if len(formats) > 1 or None in formats:
@@ -147,5 +148,5 @@ if __name__ == "__main__":
     try:
         prepare(parse_args())
     except (argparse.ArgumentTypeError, MemoryError, OSError, UnicodeDecodeError) as error:
-        print(f"prepare.py: error: {error}", file=sys.stderr)
+        print(f"prepare.py: error: {error}".replace("\n", " "), file=sys.stderr)
         sys.exit(2)

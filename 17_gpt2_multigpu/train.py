@@ -291,6 +291,14 @@ def flops_per_token(args):
     return 6 * n_params + 12 * args.n_layer * args.n_embd * args.block_size
 
 
+GPT2_REVISIONS = {  # the Hugging Face Hub's commits of the published weights
+    "gpt2": "607a30d783dfa663caf39e06633721c8d4cfcd7e",
+    "gpt2-medium": "6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
+    "gpt2-large": "32b71b12589c2f8d625668d2335a01cac3249519",
+    "gpt2-xl": "15ea56dee5df4983c59b2538573817e1667135e2",
+}
+
+
 def transpose_conv1d(name, tensor):
     """Return a weight in the other layout: Hugging Face's GPT-2 has Conv1D, a transposed Linear."""
     return tensor.T if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else tensor
@@ -310,8 +318,9 @@ def make_model(args):
         if not folder.is_dir():
             from huggingface_hub import snapshot_download
 
+            repo, revision = f"openai-community/{folder}", GPT2_REVISIONS.get(args.init_from)
             wanted = ["config.json", "*.safetensors"]
-            folder = Path(snapshot_download(f"openai-community/{folder}", allow_patterns=wanted))
+            folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
         config = json.loads((folder / "config.json").read_text())
         if args.block_size > config["n_positions"]:
             raise ValueError(f"--block_size {args.block_size} is over {config['n_positions']}")
@@ -988,7 +997,8 @@ if __name__ == "__main__":
         mistakes = (argparse.ArgumentTypeError, FloatingPointError, MemoryError, OSError)
         if not isinstance(error, mistakes) and "allocate memory" not in str(error):
             raise  # a bug: the traceback shows where
-        print(f"train.py: error: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # one line per machine
+            print(f"train.py: error: {error}".replace("\n", " "), file=sys.stderr)
         sys.exit(2)
     if dist.is_initialized():  # not after a failure: NCCL would wait here for the other processes
         dist.destroy_process_group()

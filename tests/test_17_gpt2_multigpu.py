@@ -386,6 +386,35 @@ def test_weights_from_hugging_face_give_the_same_logits(tmp_path):
     )
 
 
+def test_published_data_and_weights_are_pinned(tmp_path, monkeypatch):
+    """A commit names them: what is downloaded tomorrow is what was downloaded today."""
+    asked = []
+
+    def download(repo, revision, **_):
+        asked.append((repo, revision))
+        return tmp_path / "nowhere"
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
+        with pytest.raises(OSError, match=f"--init_from {name}"):
+            step.make_model(parse("--init_from", name))
+        assert asked[-1][0] == f"openai-community/{name}"
+    assert all(len(bytes.fromhex(revision)) == 20 for _, revision in asked)
+    assert len(set(asked)) == 4
+
+    def load_dataset(kind, data_files, **_):
+        asked.extend(data_files)
+        raise OSError("no network")
+
+    asked.clear()
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(OSError, match="no network"):
+        prepare(tmp_path)
+    start = r"hf://datasets/Skylion007/openwebtext@[0-9a-f]{40}/plain_text/train-000"
+    assert len(asked) == 80
+    assert all(re.fullmatch(start + rf"{i:02d}-of-00080\.parquet", x) for i, x in enumerate(asked))
+
+
 @pytest.mark.parametrize("bias", ["--bias", "--no-bias"])
 def test_exported_weights_give_transformers_the_same_logits(bias, tmp_path):
     transformers = pytest.importorskip("transformers")

@@ -105,10 +105,12 @@ def raise_in_the_loop(monkeypatch, error):
 
 @pytest.mark.parametrize("step", GUARDS)
 def test_too_little_memory_is_one_line(step, standins, tmp_path, monkeypatch):
-    raise_in_the_loop(monkeypatch, MemoryError("Unable to allocate 8 TiB"))
+    raise_in_the_loop(monkeypatch, MemoryError("Unable to\nallocate 8 TiB"))
     code, errors = run_main(step, *tiny_flags(step, standins, tmp_path))
     assert code == 2
     assert_one_line(errors, "train.py: error: ", "8 TiB")
+    monkeypatch.setenv("LOCAL_RANK", "1")  # under torchrun, one process of a machine reports it
+    assert (run_main(step, *tiny_flags(step, standins, tmp_path))[1] == "") == step.startswith("17")
 
 
 @pytest.mark.parametrize("step", GUARDS)

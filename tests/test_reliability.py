@@ -232,6 +232,52 @@ def test_a_checkpoint_with_other_contents_is_one_line(step, standins, tmp_path):
     assert hashes(tmp_path) == before
 
 
+class Malicious:
+    """Unpickling it would create a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("step", LONG_RUNS)
+def test_no_pickle_is_executed(step, tmp_path):
+    torch.save({"state": {}, "model": Malicious(tmp_path / "executed")}, tmp_path / "last.pt")
+    with pytest.raises(OSError, match="damaged"):
+        load_step(step).read_checkpoint(tmp_path / "last.pt", {})
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("step", LONG_RUNS)
+def test_a_file_is_on_the_disk_before_it_gets_its_name(step, tmp_path, monkeypatch):
+    module, calls = load_step(step), []
+    fsync, replace = os.fsync, os.replace
+
+    def checked_fsync(descriptor):  # what a buffer still held would be missing from the size
+        calls.append(("fsync", os.fstat(descriptor).st_size))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", checked_fsync)
+    monkeypatch.setattr(os, "replace", lambda *args: (calls.append("replace"), replace(*args)))
+    module.write_file(tmp_path / "a.json", lambda file: file.write(b"12345"))
+    assert calls == [("fsync", 5), "replace"]
+    assert (tmp_path / "a.json").read_bytes() == b"12345"
+
+
+@pytest.mark.parametrize("step", LONG_RUNS)
+def test_a_run_resumes_without_its_logs(step, standins, tmp_path):
+    flags = [*flags_of(step, standins, tmp_path), "--max_iters", "1"]
+    assert run_main(step, *flags)[0] == 0
+    saved = json.loads((tmp_path / "args.json").read_text())
+    assert saved["max_iters"] == 1 and saved["eval_interval"] == 1 and saved["device"] == "cpu"
+    assert saved["torch"] == torch.__version__ and saved["python"] == sys.version.split()[0]
+    (tmp_path / "metrics.jsonl").unlink()
+    assert run_main(step, *flags, "--max_iters", "2", "--init_from", "resume") == (0, "")
+    assert '"iter": 2' in (tmp_path / "metrics.jsonl").read_text()
+
+
 # ---------- data ----------
 def idx(array):
     """Return an array as a file of MNIST's format."""
