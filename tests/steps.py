@@ -59,6 +59,11 @@ TINY = {
 }
 
 
+def folder_of(step):
+    """Return a step's folder, or that of a copy to test instead: STEP_09=DIR in the environment."""
+    return Path(os.environ.get(f"STEP_{step[:2]}") or ROOT / step)
+
+
 def source(step):
     return (ROOT / step / "train.py").read_text()
 
@@ -89,16 +94,16 @@ def load_step(step):
     """Import a step's train.py as a module of its own; "07" is enough of a step's name."""
     if step not in ELECTIVES:
         (step,) = [name for name in STEPS if name.startswith(step)]
-    spec = importlib.util.spec_from_file_location(f"step_{step}", ROOT / step / "train.py")
+    spec = importlib.util.spec_from_file_location(f"step_{step}", folder_of(step) / "train.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    with plot_of(ROOT / step):
+    with plot_of(folder_of(step)):
         spec.loader.exec_module(module)
     return module
 
 
 def load_plot(step):
     """Import a step's plot.py as a module of its own."""
-    with plot_of(ROOT / step):
+    with plot_of(folder_of(step)):
         return importlib.import_module("plot")
 
 
@@ -106,9 +111,9 @@ def run_main(step, *flags, script="train.py"):
     """Run a step as `python train.py FLAGS` does, in this process: (exit code, stderr)."""
     errors, argv, on_interrupt = io.StringIO(), sys.argv, signal.getsignal(signal.SIGINT)
     sys.argv = [script, *map(str, flags)]
-    with plot_of(ROOT / step), contextlib.redirect_stderr(errors):
+    with plot_of(folder_of(step)), contextlib.redirect_stderr(errors):
         try:
-            runpy.run_path(str(ROOT / step / script), run_name="__main__")
+            runpy.run_path(str(folder_of(step) / script), run_name="__main__")
             code = 0
         except SystemExit as end:
             code = end.code
