@@ -56,10 +56,8 @@ def read_text(args):
             torch.hub.download_url_to_file(URL, path, SHA256, progress=False)
         return path.read_text(encoding="utf-8")
     except (OSError, RuntimeError, UnicodeDecodeError) as error:
-        raise OSError(
-            f"--input {path}: missing or not UTF-8 text ({error!r:.100}); put a text there, or "
-            f"stand-ins: python tests/standins.py {args.data_dir}"
-        ) from error
+        problem = f"--input {path}: missing or not UTF-8 text ({error!r:.99}); put a text there, or"
+        raise OSError(f"{problem} stand-ins: python tests/standins.py {args.data_dir}") from error
 
 
 def split_words(text):
@@ -320,6 +318,8 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
+    if sys.stdout:  # absent if closed; it may not have every character of a sample
+        sys.stdout.reconfigure(errors="replace")
     try:
         train(parse_args())
     except Exception as error:

@@ -39,6 +39,8 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    if sys.stdout:  # absent if closed; it may not have every character of a sample
+        sys.stdout.reconfigure(errors="replace")
     try:
         main(sys.argv[1:])
     except torch.OutOfMemoryError:

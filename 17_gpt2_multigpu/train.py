@@ -775,7 +775,7 @@ def train(args, signals=None):
     old_args = args.out_dir / "args.json"
     is_own = old_args.is_file() and json.dumps({"job": args.job})[1:-1] in old_args.read_text()
     counts = (os.environ.get(f"{who}_RESTART_COUNT") for who in ("TORCHELASTIC", "SLURM"))
-    n_restarts = sum(int(n or 0) for n in counts) * is_own
+    n_restarts = sum(n not in (None, "", "0") for n in counts) * is_own
     n_restarts, n_found = all_sum([n_restarts, last.is_file()], device)
     if 0 < n_found < args.world_size:
         problem = f"only {n_found:g} of {args.world_size} processes find {last}"
@@ -986,6 +986,8 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
+    if sys.stdout:  # absent if closed; it may not have every character of a sample
+        sys.stdout.reconfigure(errors="replace")
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     signals = []
     try:

@@ -4,17 +4,16 @@ For every step a reference repeats its training with an optimizer of PyTorch's a
 `train` that leaves out an idea of the step (the schedule, the augmentation, ...) differs from it.
 """
 
-import argparse
-import functools
-import json
 import math
 import struct
 
+import jax
 import optax
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from runs import check_number, watched_run
 from steps import load_step
 from torch.utils.data import TensorDataset
 
@@ -24,15 +23,6 @@ MNIST_STEPS = [step_07, step_08, step_09, step_10]
 
 def name(step):
     return step.__name__
-
-
-def run(step, data_dir, out_dir, *flags):
-    """Run a step; return its arguments and the records of metrics.jsonl."""
-    args = step.parse_args([*flags, "--data_dir", str(data_dir), "--out_dir", str(out_dir)])
-    final = step.train(args)
-    records = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
-    assert final == records[-1]
-    return args, records
 
 
 # ---------- training ----------
@@ -55,7 +45,7 @@ def warmup_cosine(i, args):
 
 
 def reference(step, args):
-    """Return the records of the step's training, by PyTorch's optimizer, evaluated every time."""
+    """Repeat the step's training with PyTorch's optimizer; return the records and the model."""
     torch.manual_seed(args.seed)
     train_set, test_set = step.load_data(args)
     batches = step.minibatches(train_set, args.batch_size)
@@ -67,52 +57,52 @@ def reference(step, args):
         factor = lambda i: warmup_cosine(i, args)  # noqa: E731
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     n_test = len(test_set.tensors[1])
-    for _ in range(args.max_iters + 1):
-        record = {} if step is step_07 else {"learning_rate": optimizer.param_groups[0]["lr"]}
-        model.eval()
-        for part, dataset in ("train", train_set), ("test", test_set):
-            x, y = (tensor[:n_test] for tensor in dataset.tensors)
-            with torch.no_grad():
-                logits = model(x)
-            record[f"{part}_loss"] = F.cross_entropy(logits, y).item()
-            record[f"{part}_accuracy"] = (logits.argmax(1) == y).sum().item() / n_test
-        records.append(record)
-        model.train()
-        x, y = next(batches)
-        if step in (step_09, step_10):
-            x = step.augment(x, args.shift)
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-        schedule.step()
-    return records
+    for i in range(args.max_iters + 1):
+        if i % args.eval_interval == 0 or i == args.max_iters:
+            record = {} if step is step_07 else {"learning_rate": optimizer.param_groups[0]["lr"]}
+            model.eval()
+            for part, dataset in ("train", train_set), ("test", test_set):
+                x, y = (tensor[:n_test] for tensor in dataset.tensors)
+                with torch.no_grad():
+                    logits = model(x)
+                record[f"{part}_loss"] = F.cross_entropy(logits, y).item()
+                record[f"{part}_accuracy"] = (logits.argmax(1) == y).sum().item() / n_test
+            records.append(record)
+            model.train()
+        if i < args.max_iters:
+            x, y = next(batches)
+            if step in (step_09, step_10):
+                x = step.augment(x, args.shift)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            schedule.step()
+    return records, model
 
 
 FLAGS = {
-    step_07: "--max_iters 12 --learning_rate 0.1 --n_hidden 32",
-    step_08: "--max_iters 8 --warmup_iters 3 --learning_rate 0.01 --n_hidden 32",
-    step_09: "--max_iters 6 --warmup_iters 2",
-    step_10: "--max_iters 8 --warmup_iters 3 --learning_rate 0.02 --n_channel 4",
+    step_07: "--max_iters 10 --learning_rate 0.1 --n_hidden 32 --n_layer 3",
+    step_08: "--max_iters 8 --warmup_iters 3 --learning_rate 0.01 --n_hidden 32 --n_layer 3",
+    step_09: "--max_iters 5 --warmup_iters 2 --shift 1 --dropout 0.3",
+    step_10: "--max_iters 7 --warmup_iters 3 --shift 1 --learning_rate 0.02 --n_channel 4",
 }
 
 
-@pytest.fixture(scope="module")
-def short_run(standins, tmp_path_factory):
-    """A function from a step to the arguments and records of one run, evaluated every time."""
-
-    @functools.cache
-    def short_run(step):
-        flags = f"{FLAGS[step]} --eval_interval 1 --batch_size 64".split()
-        return run(step, standins, tmp_path_factory.mktemp(step.__name__), *flags)
-
-    return short_run
-
-
 @pytest.mark.parametrize("step", MNIST_STEPS, ids=name)
-def test_training_is_that_of_pytorchs_optimizer(step, short_run):
-    args, records = short_run(step)
-    expected = reference(step, args)
-    assert len(records) == len(expected) == args.max_iters + 1
+def test_training_is_that_of_pytorchs_optimizer(step, standins, tmp_path, monkeypatch):
+    """Every record and every weight: the schedule, augmentation and dropout, the data used."""
+    models, evaluate = [], step.evaluate
+
+    def spy(model, *rest):
+        models.append(model)
+        return evaluate(model, *rest)
+
+    monkeypatch.setattr(step, "evaluate", spy)
+    flags = f"{FLAGS[step]} --eval_interval 3 --batch_size 60 --seed 5".split()
+    flags += ["--data_dir", standins, "--out_dir", tmp_path]
+    args, records = watched_run(step, *flags)
+    expected, model = reference(step, args)
+    assert len(records) == len(expected) == math.ceil(args.max_iters / 3) + 1
     losses = [record["train_loss"] for record in records]
     assert max(losses) > 1.005 * min(losses)  # 100 times what the two may differ
     for record, known in zip(records, expected):
@@ -120,51 +110,32 @@ def test_training_is_that_of_pytorchs_optimizer(step, short_run):
         for key, value in known.items():  # accuracy: three of the 400 images may be near ties
             tolerance = {"abs": 3 / 400 + 1e-6} if "accuracy" in key else {"rel": 5e-5, "abs": 1e-7}
             assert record[key] == pytest.approx(value, **tolerance), (record["iter"], key)
+    trained = models[-1].state_dict()
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(trained[key], value, rtol=1e-3, atol=1e-4, msg=key)
 
 
 @pytest.mark.parametrize(
     ("flags", "rates"),
     [
-        ("--max_iters 8 --warmup_iters 4", [0, 0.005, 0.01, 0.005, 0]),
         ("--max_iters 4 --warmup_iters 0 --eval_interval 1", [0.01, 0.008536, 0.005, 0.001464, 0]),
-        ("--max_iters 4 --warmup_iters 200", [0, 0.01 * 2 / 3, 0]),  # warm-up, cut to 3 updates
+        ("--max_iters 4 --warmup_iters 200 --eval_interval 2", [0, 0.01 * 2 / 3, 0]),  # cut to 3
     ],
 )
-def test_08_learning_rate_warms_up_and_falls_along_a_cosine(flags, rates, standins, tmp_path):
-    flags = f"--eval_interval 2 --batch_size 8 --learning_rate 0.01 {flags}".split()
-    records = run(step_08, standins, tmp_path, *flags)[1]
+def test_08_warm_up_can_be_none_and_is_cut_to_the_run(flags, rates, standins, tmp_path):
+    flags = f"--batch_size 8 --n_hidden 8 --learning_rate 0.01 {flags}".split()
+    records = watched_run(step_08, *flags, "--data_dir", standins, "--out_dir", tmp_path)[1]
     assert [r["learning_rate"] for r in records] == pytest.approx(rates, abs=1e-6)
 
 
 @pytest.mark.parametrize("step", MNIST_STEPS, ids=name)
-def test_test_data_are_never_trained_on(step, short_run, tmp_path, monkeypatch):
-    """Other test images give other test losses and exactly the same training."""
-    args, honest = short_run(step)
-    real = step.load_data
-
-    def load_data(args):
-        train_set, test_set = real(args)
-        x, y = test_set.tensors
-        return train_set, TensorDataset(1 - x, y)
-
-    monkeypatch.setattr(step, "load_data", load_data)
-    replaced = step.train(argparse.Namespace(**vars(args) | {"out_dir": tmp_path}))
-    assert replaced["train_loss"] == honest[-1]["train_loss"]
-    assert replaced["test_loss"] != honest[-1]["test_loss"]
-
-
-@pytest.mark.parametrize("step", [step_09, step_10], ids=name)
-def test_every_minibatch_is_augmented_and_no_evaluation(step, standins, tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(step, "augment", lambda x, shift: seen.append((len(x), shift)) or x)
-    flags = "--max_iters 3 --eval_interval 1 --batch_size 8 --shift 1".split()
-    run(step, standins, tmp_path, *flags)
-    assert seen == 3 * [(8, 1)]
+def test_limits_of_numbers_are_inclusive(step):
+    check_number(step.number)
 
 
 def test_07_learns_the_drawn_digits(standins, tmp_path):
-    flags = "--n_hidden 64 --max_iters 150".split()
-    final = run(step_07, standins, tmp_path, *flags)[1][-1]
+    flags = ["--n_hidden", 64, "--max_iters", 150, "--data_dir", standins, "--out_dir", tmp_path]
+    final = watched_run(step_07, *flags)[1][-1]
     assert 0.9 < final["test_accuracy"] <= 1
 
 
@@ -179,7 +150,8 @@ def test_07_learns_the_drawn_digits(standins, tmp_path):
     ],
 )
 def test_short_run_on_real_mnist(step, flags, floor, real_data, tmp_path):
-    final = run(step, real_data, tmp_path, *flags, "--eval_interval", "1000")[1][-1]
+    flags += ["--eval_interval", 1000, "--data_dir", real_data, "--out_dir", tmp_path]
+    final = watched_run(step, *flags)[1][-1]
     assert floor < final["test_accuracy"] < 0.997
     assert final["train_loss"] < 0.2
 
@@ -269,20 +241,39 @@ def test_weights_have_variance_2_over_n_and_all_else_is_zero(step):
     assert not any(layer.bias.any() for layer in layers)
 
 
-def test_09_is_two_convolutions_with_pooling_then_two_linear_layers():
+def as_layers(model, dropout):
+    """Return the network as a chain of PyTorch's own layers, with the same parameters."""
+    if isinstance(model, step_09.ConvNet):
+        parts = [(conv, nn.ReLU(), nn.MaxPool2d(2)) for conv in (model.conv_1, model.conv_2)]
+        parts += [(nn.Flatten(), model.hidden, nn.ReLU(), nn.Dropout(dropout))]
+    else:
+        parts = [(layer, nn.ReLU(), nn.Dropout(dropout)) for layer in model.hidden]
+    return nn.Sequential(*(layer for part in parts for layer in part), model.out)
+
+
+@pytest.mark.parametrize(
+    ("step", "sizes"), [(step_07, (6, 5, 3, 4)), (step_08, (6, 5, 0, 4)), (step_09, (7,))]
+)
+def test_logits_and_gradients_are_those_of_pytorchs_layers(step, sizes):
     torch.manual_seed(0)
-    model = step_09.ConvNet(7, dropout=0.5).eval()
+    model = (step.ConvNet if step is step_09 else step.MLP)(*sizes, 0.3)
     for param in model.parameters():
         param.data += 0.1 * torch.randn(param.shape)
-    plain = nn.Sequential(
-        *(model.conv_1, nn.ReLU(), nn.MaxPool2d(2), model.conv_2, nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Flatten(), model.hidden, nn.ReLU(), model.out),
-    )
-    x = torch.randn(5, 1, 28, 28)
-    torch.testing.assert_close(model(x), plain(x))
-    assert model(x).shape == (5, 7)
-    assert model.conv_1.kernel_size == model.conv_2.kernel_size == (5, 5)
-    assert model.hidden.in_features == 32 * 7 * 7  # pooling leaves 7 of 28 pixels each way
+    x = torch.randn(9, *((1, 28, 28) if step is step_09 else (6,)))
+    results = []
+    for network in (model, as_layers(model, 0.3)):  # in training: the same units are zeroed
+        torch.manual_seed(1)
+        logits = network(x)
+        grads = torch.autograd.grad(logits.square().sum(), list(model.parameters()))
+        results.append([logits, *grads])
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert results[0][0].shape == (9, sizes[-1])
+    shapes = [tuple(layer.weight.shape) for layer in model.modules() if hasattr(layer, "weight")]
+    if step is step_09:
+        assert shapes == [(16, 1, 5, 5), (32, 16, 5, 5), (128, 32 * 7 * 7), (7, 128)]
+    else:
+        assert shapes == ([(5, 6), (5, 5), (5, 5), (4, 5)] if sizes[2] else [(4, 6)])
 
 
 def test_09_shifted_image_gives_shifted_feature_map():
@@ -412,6 +403,12 @@ def test_08_arrays_are_shared_without_a_copy():
     for p in params:
         array = step_08.jax.dlpack.from_dlpack(p.detach())
         assert array.unsafe_buffer_pointer() == p.data_ptr()
+
+
+def test_08_uses_the_cpu_also_where_jax_has_a_gpu():
+    jax.config.update("jax_platforms", "")
+    step_08.OptaxOptimizer(copies(1)[0][0], optax.sgd(0.1))
+    assert jax.config.jax_platforms == "cpu"
 
 
 def test_08_zero_grad_forgets_the_gradient():

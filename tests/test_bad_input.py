@@ -1,5 +1,6 @@
 """A mistake by the user gives one clear line and exit code 2, and nothing is written or lost."""
 
+import io
 import json
 import math
 import os
@@ -119,6 +120,21 @@ def test_a_bug_of_the_learner_keeps_its_traceback(step, error, standins, tmp_pat
     raise_in_the_loop(monkeypatch, error("a bug"))
     with pytest.raises(error, match="a bug"):
         run_main(step, *tiny_flags(step, standins, tmp_path))
+
+
+WRITERS = [x for x in FOLDERS if all(f'"--{y}"' in source(x) for y in ("input", "prompt"))]
+
+
+@pytest.mark.parametrize("step", distinct(WRITERS, main_guard))
+def test_a_terminal_that_lacks_characters(step, standins, tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("þæt wæs gód cyning\n" * 200, encoding="utf-8")
+    flags = [*tiny_flags(step, standins, tmp_path), "--input", tmp_path / "text.txt"]
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", stdout)
+    assert run_main(step, *flags) == (0, "")
+    stdout.flush()
+    assert b"?" in stdout.buffer.getvalue()
+    assert "æ" in (tmp_path / "samples.txt").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("step", [step for step in GUARDS if '"--device"' in source(step)])
