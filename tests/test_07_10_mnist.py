@@ -45,11 +45,12 @@ def warmup_cosine(i, args):
 
 
 def reference(step, args):
-    """Repeat the step's training with PyTorch's optimizer; return the records and the model."""
+    """Repeat the training with PyTorch's optimizer; return the records, first and last weights."""
     torch.manual_seed(args.seed)
     train_set, test_set = step.load_data(args)
     batches = step.minibatches(train_set, args.batch_size)
     model, records, factor = new_model(step, args), [], lambda i: 1
+    first = {key: value.clone() for key, value in model.state_dict().items()}
     if step is step_07:
         optimizer = torch.optim.SGD(model.parameters(), lr=args.learning_rate)
     else:
@@ -77,13 +78,13 @@ def reference(step, args):
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
             schedule.step()
-    return records, model
+    return records, first, model.state_dict()
 
 
 FLAGS = {
     step_07: "--max_iters 10 --learning_rate 0.1 --n_hidden 32 --n_layer 3",
     step_08: "--max_iters 8 --warmup_iters 3 --learning_rate 0.01 --n_hidden 32 --n_layer 3",
-    step_09: "--max_iters 5 --warmup_iters 2 --shift 1 --dropout 0.3",
+    step_09: "--max_iters 5 --warmup_iters 2 --shift 1 --dropout 0.3 --learning_rate 0.01",
     step_10: "--max_iters 7 --warmup_iters 3 --shift 1 --learning_rate 0.02 --n_channel 4",
 }
 
@@ -101,7 +102,7 @@ def test_training_is_that_of_pytorchs_optimizer(step, standins, tmp_path, monkey
     flags = f"{FLAGS[step]} --eval_interval 3 --batch_size 60 --seed 5".split()
     flags += ["--data_dir", standins, "--out_dir", tmp_path]
     args, records = watched_run(step, *flags)
-    expected, model = reference(step, args)
+    expected, first, last = reference(step, args)
     assert len(records) == len(expected) == math.ceil(args.max_iters / 3) + 1
     losses = [record["train_loss"] for record in records]
     assert max(losses) > 1.005 * min(losses)  # 100 times what the two may differ
@@ -110,9 +111,9 @@ def test_training_is_that_of_pytorchs_optimizer(step, standins, tmp_path, monkey
         for key, value in known.items():  # accuracy: three of the 400 images may be near ties
             tolerance = {"abs": 3 / 400 + 1e-6} if "accuracy" in key else {"rel": 5e-5, "abs": 1e-7}
             assert record[key] == pytest.approx(value, **tolerance), (record["iter"], key)
-    trained = models[-1].state_dict()
-    for key, value in model.state_dict().items():
-        torch.testing.assert_close(trained[key], value, rtol=1e-3, atol=1e-4, msg=key)
+    for key, weights in models[-1].state_dict().items():  # Adam magnifies the rounding of a few
+        difference, change = (weights - last[key]).float(), (last[key] - first[key]).float()
+        assert difference.norm() <= 0.01 * change.norm(), key
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,69 @@
+"""A run of a step from 01 to 13, with all that it leaves and prints held against its records."""
+
+import contextlib
+import io
+import json
+import math
+import platform
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+
+def watched_run(step, *flags):
+    """Run a step; return its arguments and the records of metrics.jsonl."""
+    args, screen = step.parse_args([str(flag) for flag in flags]), io.StringIO()
+    with contextlib.redirect_stdout(screen):
+        final = step.train(args)
+    records = [json.loads(line) for line in (args.out_dir / "metrics.jsonl").open()]
+    assert final == records[-1]
+    evaluated = {*range(0, args.max_iters, args.eval_interval), args.max_iters}
+    assert [record["iter"] for record in records] == sorted(evaluated)
+
+    saved = json.loads((args.out_dir / "args.json").read_text())
+    library = "torch" if "torch" in vars(step) else "numpy"
+    versions = {"torch": torch.__version__, "numpy": numpy.__version__}
+    given = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    machine = {"python": platform.python_version(), library: versions[library], "device": "cpu"}
+    assert saved == given | machine
+
+    printed = screen.getvalue().splitlines()
+    for record in records:
+        assert "  ".join(f"{key} {value:.5g}" for key, value in record.items()) in printed
+    assert printed[-1] == f"picture: {args.out_dir / 'loss.png'}"
+    assert expected_summary(final) == printed[-len(expected_summary(final)) - 1 : -1]
+    return args, records
+
+
+def expected_summary(final):
+    """Return the lines above the picture's: the result beside what it is to be compared with."""
+    if "test_accuracy" in final:
+        return [f"test accuracy {final['test_accuracy']:.2%} after {final['seconds']:.0f} s"]
+    if "test_loss" in final:
+        perplexity = math.exp(final["test_loss"])
+        return [f"test perplexity {perplexity:.2f} after {final['seconds']:.0f} s"]
+    loss = f"train_loss {final['train_loss']:.5g}"
+    if "noise_variance" in final:
+        return [f"{loss}, noise variance {final['noise_variance']:.5g}"]
+    lines = [f"{loss}, entropy of the teacher {final['entropy']:.5g}"]
+    if "linear_loss" in final:
+        mlp, linear = (final[key] - final["entropy"] for key in ("train_loss", "linear_loss"))
+        lines += [f"gap to the entropy: {mlp:.4f}, with step 04's linear model {linear:.4f}"]
+    return lines
+
+
+def check_number(number):
+    """Both limits of a flag's type are allowed, nothing beyond, and its name shows them."""
+    kind = number(int, 3, 5)
+    assert [kind(text) for text in ("3", "4", "5")] == [3, 4, 5]
+    for text in ("2", "6", "4.5", "abc"):
+        with pytest.raises(ValueError):
+            kind(text)
+    assert kind.__name__ == "int from 3 to 5"
+    wide = number(float, 0)
+    assert wide("1e9") == 1e9
+    with pytest.raises(ValueError):
+        wide("1.1e9")
+    assert wide.__name__ == "float from 0 to 1e+09"
