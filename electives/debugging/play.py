@@ -17,6 +17,7 @@ import difflib
 import json
 import random
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -160,17 +161,19 @@ def check(args):
     print(f"Running {len(tests)} tests of the ideas of {bug.step} on {path} ...", flush=True)
     variable = f"STEP_{bug.step[:2]}"  # by which tests/steps.py finds the copy
     env = os.environ | {variable: str(args.dir.resolve()), "PYTHONDONTWRITEBYTECODE": "1"}
+    env["COLUMNS"] = "400"  # or pytest would leave out the reason of a failure
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--color=no", "-p", "no:cacheprovider"]
     run = subprocess.run([*command, *tests], cwd=ROOT, env=env, capture_output=True, text=True)
     if run.returncode == 0:
         print(f"Mended, congratulations! All tests pass. The bug: {bug.name}.")
         print(wrapped(bug.lesson))
         return True
-    failed = re.search(r"^FAILED \S+?::test_(\w+)\S*(?: - (.*))?$", run.stdout, re.M)
+    failed = re.search(r"^FAILED (\S+::test_(\w+)\S*) - (.*)$", run.stdout, re.M)
     if failed:
-        idea = re.sub(r"^\d\d_", "", failed[1]).replace("_", " ")
-        print(f"Not yet: {idea!r} fails ({failed[2] or 'see below'}).")
-        print(f"    {variable}={args.dir.resolve()} python -m pytest -x {' '.join(tests)}")
+        idea = re.sub(r"^\d\d_", "", failed[2]).replace("_", " ")
+        print(f"Not yet: {idea!r} fails ({failed[3]:.100}).")
+        test = shlex.quote(shown(ROOT / failed[1]))
+        print(f"All of it:     {variable}={args.dir.resolve()} python -m pytest {test}")
         return False
     reasons = re.findall(r"^E +(.+)", run.stdout, re.M) or [f"{run.stdout}{run.stderr}"[-300:]]
     raise OSError(f"the tests do not run on {path}: {' '.join(reasons[-1].split())}")
