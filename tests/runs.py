@@ -42,7 +42,7 @@ def expected_summary(final):
     if "test_accuracy" in final:
         return [f"test accuracy {final['test_accuracy']:.2%} after {final['seconds']:.0f} s"]
     if "test_loss" in final:
-        perplexity = math.exp(final["test_loss"])
+        perplexity = math.exp(min(final["test_loss"], 700))
         return [f"test perplexity {perplexity:.2f} after {final['seconds']:.0f} s"]
     loss = f"train_loss {final['train_loss']:.5g}"
     if "noise_variance" in final:
@@ -67,3 +67,29 @@ def check_number(number):
     with pytest.raises(ValueError):
         wide("1.1e9")
     assert wide.__name__ == "float from 0 to 1e+09"
+
+
+class Idle:
+    """Stands for an optimizer: a run with it costs nothing but leaves the schedule's records."""
+
+    def __init__(self, params, tx):
+        pass
+
+    def zero_grad(self):
+        pass
+
+    def step(self):
+        pass
+
+
+def check_warm_up(step, monkeypatch, *flags):
+    """The warm-up can be none, and is cut to the run; a perplexity can be too large to print."""
+    monkeypatch.setattr(step, "OptaxOptimizer", Idle)
+    measures = ("loss", "accuracy") if "MNIST" in vars(step) else ("loss",)
+    unlearned = lambda *given: {f"{given[-1]}_{key}": 1000.0 for key in measures}  # noqa: E731
+    monkeypatch.setattr(step, "evaluate", unlearned)
+    cuts = [(0, [0.01, 0.008536, 0.005, 0.001464, 0]), (200, [0, 1 / 300, 2 / 300, 0.01, 0])]
+    for warmup_iters, rates in cuts:
+        flags = [*flags, "--learning_rate", 0.01, "--max_iters", 4, "--eval_interval", 1]
+        records = watched_run(step, *flags, "--warmup_iters", warmup_iters)[1]
+        assert [r["learning_rate"] for r in records] == pytest.approx(rates, abs=1e-6)

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from runs import check_number, watched_run
+from runs import check_number, check_warm_up, watched_run
 from steps import load_step
 from torch.utils.data import TensorDataset
 
@@ -116,17 +116,10 @@ def test_training_is_that_of_pytorchs_optimizer(step, standins, tmp_path, monkey
         assert difference.norm() <= 0.01 * change.norm(), key
 
 
-@pytest.mark.parametrize(
-    ("flags", "rates"),
-    [
-        ("--max_iters 4 --warmup_iters 0 --eval_interval 1", [0.01, 0.008536, 0.005, 0.001464, 0]),
-        ("--max_iters 4 --warmup_iters 200 --eval_interval 2", [0, 0.01 * 2 / 3, 0]),  # cut to 3
-    ],
-)
-def test_08_warm_up_can_be_none_and_is_cut_to_the_run(flags, rates, standins, tmp_path):
-    flags = f"--batch_size 8 --n_hidden 8 --learning_rate 0.01 {flags}".split()
-    records = watched_run(step_08, *flags, "--data_dir", standins, "--out_dir", tmp_path)[1]
-    assert [r["learning_rate"] for r in records] == pytest.approx(rates, abs=1e-6)
+@pytest.mark.parametrize("step", MNIST_STEPS[1:], ids=name)
+def test_warm_up_can_be_none_and_is_cut_to_the_run(step, standins, tmp_path, monkeypatch):
+    flags = ["--batch_size", 2, "--data_dir", standins, "--out_dir", tmp_path]
+    check_warm_up(step, monkeypatch, *flags)
 
 
 @pytest.mark.parametrize("step", MNIST_STEPS, ids=name)
