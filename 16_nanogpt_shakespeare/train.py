@@ -1,7 +1,7 @@
 """Step 16: nanoGPT's character-level model of Shakespeare, in less time.
 
 Parent:  13_transformer + 15_imagenet
-New:     make_optimizers
+New:     orthogonalize, Muon, make_optimizers
 Changed: encode, load_data, minibatches, CausalSelfAttention, MLP, Block, GPT, schedule,
          evaluate, generate, sample, log_sample, train, parse_args
 Gone:    split_words, join_words, windows, OptaxOptimizer
@@ -16,8 +16,8 @@ cache. Compare val_loss, over the whole validation text, with nanoGPT's, the das
 Try:     --optimizer adamw (how many more iterations does it need?)
          python sample.py --prompt "ROMEO:" --num_samples 3 --temperature 0.5
 Source:  Radford et al. 2019, "Language models are unsupervised multitask learners" (GPT-2);
-         Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; Dao et al.
-         2022, "FlashAttention".
+         Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; Liu et al.
+         2025, "Muon is scalable for LLM training" (its scale); Dao et al. 2022, "FlashAttention".
 """
 
 import os
@@ -208,6 +208,53 @@ def compile_model(args, model):
 
 
 # ---------- optimizer ----------
+def orthogonalize(x):
+    """Return matrices x (N, rows, columns) with all their singular values near 1, in bfloat16.
+
+    If x = U S V', it is about U V'. A decomposition would be slow: five Newton-Schulz iterations
+    apply 3.4445 s - 4.775 s^3 + 2.0315 s^5 to every singular value s, which takes 0 < s <= 1 close
+    to 1, unless s is tiny (Jordan et al. 2024).
+    """
+    if x.shape[1] > x.shape[2]:  # the smaller Gram matrix is cheaper
+        return orthogonalize(x.mT).mT
+    x = x.bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # now the singular values are <= 1
+    for _ in range(5):
+        gram = torch.bmm(x, x.mT)  # (N, rows, rows)
+        gram = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        x = torch.baddbmm(x, gram, x, beta=3.4445)
+    return x
+
+
+class Muon(torch.optim.Optimizer):
+    """Gradient descent with an orthogonalized Nesterov momentum, for matrices.
+
+    Those of one shape are stacked: a GPU takes longer to start a kernel than to run a small one.
+    """
+
+    def __init__(self, params, momentum, weight_decay):
+        defaults = {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            params, lr, momentum = group["params"], group["lr"], group["momentum"]
+            for p in params:
+                if p not in self.state:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            grads = [p.grad for p in params]
+            buffers = [self.state[p]["momentum_buffer"] for p in params]
+            torch._foreach_lerp_(buffers, grads, 1 - momentum)
+            updates = torch._foreach_lerp(grads, buffers, momentum)
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+            for shape in dict.fromkeys(p.shape for p in params):
+                same = [i for i, p in enumerate(params) if p.shape == shape]
+                x = orthogonalize(torch.stack([updates[i] for i in same])).to(params[0].dtype)
+                scale = 0.2 * math.sqrt(max(shape))  # to AdamW's size, for one learning rate
+                torch._foreach_add_([params[i] for i in same], x.unbind(), alpha=-lr * scale)
+
+
 def make_optimizers(args, model):
     """Return {name: optimizer}; weight decay is for matrices, not for biases and layer norms."""
     matrices = {name: p for name, p in model.named_parameters() if p.ndim == 2}
@@ -215,10 +262,8 @@ def make_optimizers(args, model):
     optimizers = {}
     if args.optimizer == "muon":
         hidden = [matrices.pop(name) for name in list(matrices) if name.startswith("h.")]
-        options = {"momentum": args.beta1, "weight_decay": args.weight_decay}
-        # Scaled to the size of AdamW's updates (Liu et al. 2025): one learning rate serves both.
         # The momentum is often 0.95. c_attn holds q, k and v, but is orthogonalized as one matrix.
-        optimizers["muon"] = torch.optim.Muon(hidden, adjust_lr_fn="match_rms_adamw", **options)
+        optimizers["muon"] = Muon(hidden, args.beta1, args.weight_decay)
     groups = [{"params": list(matrices.values())}, {"params": vectors, "weight_decay": 0.0}]
     options = {"betas": (args.beta1, args.beta2), "weight_decay": args.weight_decay}
     optimizers["adamw"] = torch.optim.AdamW(groups, fused=True, **options)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from steps import load_step, run_main, tiny_flags
+from torch.utils._python_dispatch import TorchDispatchMode
 
 STEP = "16_nanogpt_shakespeare"
 step = load_step(STEP)
@@ -152,11 +153,15 @@ def test_training_is_the_recipe(optimizer, standins, tmp_path):
     torch.manual_seed(args.seed)
     model = step.GPT(args, len(vocab))
     batches, losses = step.minibatches(args, train_ids), []
-    optimizers = step.make_optimizers(args, model).values()
-    if optimizer == "adamw":
-        groups = [[p for p in model.parameters() if (p.ndim < 2) == vector] for vector in (0, 1)]
-        groups = [{"params": group, "weight_decay": w} for group, w in zip(groups, (0.1, 0.0))]
-        optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.99))]
+    hidden = [p for p in model.h.parameters() if p.ndim == 2] if optimizer == "muon" else []
+    others = [p for p in model.parameters() if all(p is not q for q in hidden)]
+    groups = [[p for p in others if (p.ndim < 2) == vector] for vector in (0, 1)]
+    decay = 0.05 if optimizer == "muon" else 0.1
+    groups = [{"params": group, "weight_decay": w} for group, w in zip(groups, (decay, 0.0))]
+    betas = (0.9, 0.95 if optimizer == "muon" else 0.99)
+    optimizers = [torch.optim.AdamW(groups, betas=betas, fused=optimizer == "muon")]
+    if optimizer == "muon":
+        optimizers.append(step.Muon(hidden, momentum=0.9, weight_decay=decay))
     for i in range(8):
         torch.manual_seed(args.seed * 1_000_003 + i)
         x, y = next(batches)
@@ -287,6 +292,65 @@ def test_matrices_decay_and_vectors_do_not(optimizer):
     assert {name for name in found if found[name] == "muon"} == (
         hidden if optimizer == "muon" else set()
     )
+
+
+def test_muon_orthogonalizes():
+    """Singular values near 1 and the singular vectors of the input, whatever its scale."""
+    for n, shape in [(1, (4, 4)), (3, (8, 20)), (2, (20, 8))]:
+        x = torch.randn(n, *shape) * 1e-3
+        u, s, vh = torch.linalg.svd(x, full_matrices=False)
+        y = step.orthogonalize(x)
+        assert y.dtype == torch.bfloat16
+        aligned = u.mT @ y.float() @ vh.mT  # (N, K, K)
+        values = aligned.diagonal(dim1=1, dim2=2)[s > 0.05 * s.norm(dim=1, keepdim=True)]
+        assert 0.6 < values.min() <= values.max() < 1.3
+        assert (aligned - torch.diag_embed(aligned.diagonal(dim1=1, dim2=2))).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("shapes", [[(6, 6)], [(12, 4), (4, 4), (16, 4), (4, 16), (12, 4)]])
+def test_muon_is_torchs(shapes):
+    torch.manual_seed(1)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    options = {"lr": 0.1, "adjust_lr_fn": "match_rms_adamw", "momentum": 0.8, "weight_decay": 0.3}
+    reference, muon = torch.optim.Muon(theirs, **options), step.Muon(ours, 0.8, 0.3)
+    muon.param_groups[0]["lr"] = 0.1
+    for _ in range(4):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        reference.step()
+        muon.step()
+    for p, q in zip(ours, theirs):
+        assert torch.allclose(p, q, atol=1e-2)  # bfloat16 rounds, perhaps otherwise in a batch
+    saved = muon.state_dict()
+    again = step.Muon(ours, 0.8, 0.3)
+    again.load_state_dict(saved)
+    for p in ours:
+        assert torch.equal(again.state[p]["momentum_buffer"], muon.state[p]["momentum_buffer"])
+
+
+class CountKernels(TorchDispatchMode):
+    """Counts the operations that start a kernel on a GPU: all but views and allocations."""
+
+    n = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        is_view = any(x.alias_info and not x.alias_info.is_write for x in function._schema.returns)
+        self.n += not is_view and "empty" not in function.name()
+        return function(*args, **(kwargs or {}))
+
+
+def test_muon_starts_few_kernels():
+    """At the size for a GPU: 24 matrices of 4 shapes; torch.optim.Muon starts over 500."""
+    args, model = small("--n_layer", 6, "--optimizer", "muon")
+    muon = step.make_optimizers(args, model)["muon"]
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    muon.step()
+    with CountKernels() as mode:
+        muon.step()
+    assert 60 < mode.n <= 100
 
 
 @pytest.mark.parametrize("length", [1, 5, 16, 40])
