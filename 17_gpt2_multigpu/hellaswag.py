@@ -45,22 +45,29 @@ def read_questions(path):
 def evaluate_hellaswag(args, model, questions, device):
     """Return the accuracy: the fraction of questions whose true ending has the lowest mean loss."""
     model.eval()
-    bpe, n_right = load_bpe(), 0
-    mine = questions[args.rank :: args.world_size]
-    for question in tqdm(mine, disable=None if args.rank == 0 else True):
+    bpe, n_right, encoded = load_bpe(), 0, []
+    for question in questions[args.rank :: args.world_size]:
         context = bpe.encode_ordinary(question["ctx"])
         endings = [bpe.encode_ordinary(" " + ending) for ending in question["endings"]]
-        y = np.full((len(endings), len(context) + max(map(len, endings))), -100)
-        x = y.copy()
-        for row, ending in enumerate(endings):
-            x[row, : len(context) + len(ending)] = context + ending
-            y[row, len(context) : len(context) + len(ending)] = ending  # only endings are scored
-        x, y = x[:, :-1].clip(0)[:, -args.block_size :], y[:, 1:][:, -args.block_size :]
+        rows = [((context + ids)[-args.block_size - 1 :], len(ids)) for ids in endings]
+        encoded.append((rows, question["label"]))
+    encoded.sort(key=lambda item: max(len(ids) for ids, _ in item[0]))  # so that padding is short
+    n = max(1, args.batch_size // 4)  # questions per forward pass
+    for i in tqdm(range(0, len(encoded), n), disable=None if args.rank == 0 else True):
+        rows = [row for item in encoded[i : i + n] for row in item[0]]
+        x = np.zeros((len(rows), max(len(ids) for ids, _ in rows)), dtype=np.int64)  # (B, T + 1)
+        y = np.full_like(x, -100)  # only endings are scored
+        for row, (ids, n_ending) in enumerate(rows):
+            x[row, : len(ids)] = ids
+            y[row, : len(ids)] = [-100] * (len(ids) - n_ending) + ids[-n_ending:]
+        x, y = to_device(x[:, :-1], device), to_device(y[:, 1:], device)  # (B, T)
         with autocast(args):
-            logits = model(to_device(x, device)).float().mT  # (endings, V, T)
-        losses = F.cross_entropy(logits, to_device(y, device), reduction="none")
-        losses = losses.sum(1).cpu().numpy() / (y >= 0).sum(1)
-        n_right += int(losses.argmin() == question["label"])
+            logits = model(x).float().mT  # (B, V, T)
+        losses = F.cross_entropy(logits, y, reduction="none").sum(1) / (y >= 0).sum(1)  # (B,)
+        losses = iter(losses.tolist())
+        for rows, label in encoded[i : i + n]:
+            scores = [next(losses) for _ in rows]
+            n_right += scores[label] == min(scores)
     return all_sum([n_right], device)[0] / len(questions)
 
 

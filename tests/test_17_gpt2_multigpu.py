@@ -488,6 +488,30 @@ def test_hellaswag_prefers_the_likelier_ending(bytes_as_bpe):
     assert score(questions, torch.device("cpu")) == 0
 
 
+@pytest.mark.parametrize("batch_size", [1, 8, 100])
+def test_hellaswag_in_batches_scores_each_ending_alone(batch_size, bytes_as_bpe):
+    args = parse("--block_size", 24, "--batch_size", batch_size)
+    torch.manual_seed(3)
+    model = step.GPT(args, args.vocab_size)
+    for p in model.parameters():
+        p.data += 0.5 * torch.randn_like(p)
+    model.eval()
+    words, questions = "the quick brown fox jumps over lazy dogs".split(), []
+    for i in range(7):
+        context = " ".join(words[i % 3 :][: 1 + i])  # from 3 characters to more than fit
+        question = {"ctx": context, "endings": [words[(i + j) % 8] * (1 + j % 2) for j in range(4)]}
+        losses = []
+        for ending in question["endings"]:
+            ids = torch.tensor([[*f"{context} {ending}".encode()]])[:, -25:]
+            each = F.cross_entropy(model(ids[:, :-1]).mT, ids[:, 1:], reduction="none")[0]
+            losses.append(each[-len(ending) - 1 :].mean().item())
+        questions.append(question | {"label": losses.index(min(losses))})
+    score = functools.partial(load_script("hellaswag").evaluate_hellaswag, args, model)
+    assert score(questions, torch.device("cpu")) == 1
+    questions[4]["label"] = (questions[4]["label"] + 1) % 4
+    assert score(questions, torch.device("cpu")) == pytest.approx(6 / 7)
+
+
 @pytest.mark.parametrize(
     "content",
     [
