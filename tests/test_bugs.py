@@ -3,6 +3,7 @@
 import ast
 import functools
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -13,6 +14,8 @@ import pytest
 from steps import ROOT, STEPS, source
 
 FOLDER = ROOT / "electives" / "debugging"
+SLOW_IMPORTS = ["matplotlib.pyplot", "optax", "pytest", "tiktoken", "torch.distributed.fsdp"]
+SLOW_IMPORTS += ["torch.optim", "torchvision.datasets", "torchvision.transforms.v2"]
 sys.path.insert(0, str(FOLDER))
 try:
     import play
@@ -167,26 +170,30 @@ def test_mistakes_are_one_line_and_nothing_is_lost(checkout, tmp_path):
 # ---------- proof ----------
 
 
-def run_tests(tests, report, **copies):
+def run_pytest(argv, env, log):
+    """Run pytest in this new process, on the copy that env names; its exit code is pytest's."""
+    os.environ |= env
+    os.chdir(ROOT)
+    with open(log, "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *argv]))
+
+
+def run_tests(tests, folder, **env):
     """Run tests in a process of its own; return {test: None or the reason why it failed}."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        f"--junitxml={report}",
-    ]
-    env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
-    env |= {"PYTHONDONTWRITEBYTECODE": "1", **copies}
-    run = subprocess.run([*command, *tests], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert run.returncode in (0, 1), run.stdout[-3000:] + run.stderr[-3000:]
+    context = multiprocessing.get_context("forkserver")  # which imports what takes long only once
+    context.set_forkserver_preload(SLOW_IMPORTS)
+    argv = [*tests, f"--junitxml={folder / 'report.xml'}", f"--basetemp={folder / 'tests'}"]
+    process = context.Process(target=run_pytest, args=(argv, env, folder / "log"))
+    process.start()
+    process.join()
+    assert process.exitcode in (0, 1), (folder / "log").read_text()[-3000:]
     found = {}
-    for case in ElementTree.parse(report).iter("testcase"):
-        file = case.get("classname").removeprefix("tests.")
+    for case in ElementTree.parse(folder / "report.xml").iter("testcase"):
         problem = case.find("failure")
         problem = case.find("error") if problem is None else problem
+        file = case.get("classname").removeprefix("tests.")
         reason = None if problem is None else problem.get("message")
         found[f"tests/{file}.py::{case.get('name')}"] = reason
     return found
@@ -198,7 +205,7 @@ def healthy(request, tmp_path_factory):
     bugs = [item.callspec.params["bug"] for item in request.session.items
             if item.originalname == "test_a_planted_bug_runs_and_is_caught"]  # fmt: skip
     tests = dict.fromkeys(f"tests/{bug.test}" for bug in bugs)
-    return run_tests(tests, tmp_path_factory.mktemp("healthy") / "report.xml")
+    return run_tests(tests, tmp_path_factory.mktemp("healthy"))
 
 
 @pytest.mark.bugs
@@ -209,7 +216,7 @@ def test_a_planted_bug_runs_and_is_caught(bug, healthy, tmp_path):
     assert healthy[test] is None
     play.plant(bug, tmp_path / "copy")
     copy = {f"STEP_{bug.step[:2]}": str(tmp_path / "copy")}
-    found = run_tests([smoke, test], tmp_path / "report.xml", **copy)
+    found = run_tests([smoke, test], tmp_path, **copy)
     assert found[smoke] is None  # a bug that is seen at once teaches little
     assert re.match("assert|AssertionError|Failed", found[test] or "nothing failed")
 

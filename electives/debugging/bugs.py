@@ -463,4 +463,825 @@ BUGS = [
         test=SYNTHETIC + "test_every_epoch_shows_each_example_once_with_its_own_label"
         "[step_06_mlp_nn-4-sizes1]",
     ),
+    # ---------- 07_mnist_mlp ----------
+    Bug(
+        step="07_mnist_mlp",
+        name="dropout in evaluation",
+        original="    model.eval()  # no dropout\n",
+        planted="",
+        flags="--max_iters 300 --eval_interval 300",
+        symptom="S",
+        hints=[
+            "Call evaluate twice on the same model: is the loss the same?",
+            "Which layers behave differently in training and in evaluation, and what tells them?",
+        ],
+        lesson="model.eval() switches dropout off; without it a part of the units is missing when"
+        " the model is measured, and the measurement is random.",
+        test=MNIST
+        + "test_evaluation_measures_all_examples_in_chunks_and_without_a_graph[step_07_mnist_mlp]",
+    ),
+    Bug(
+        step="07_mnist_mlp",
+        name="no way back to training mode",
+        original="    model.train()\n    accuracy",
+        planted="    accuracy",
+        flags="--max_iters 300 --eval_interval 300",
+        symptom="S",
+        hints=[
+            "Compare with --dropout 0: is there a difference at all?",
+            "In which mode is the model when evaluate has returned?",
+        ],
+        lesson="model.eval() stays in force until model.train() is called: an evaluation that"
+        " leaves the model in evaluation mode switches dropout off for the rest of the training.",
+        test=MNIST
+        + "test_evaluation_measures_all_examples_in_chunks_and_without_a_graph[step_07_mnist_mlp]",
+    ),
+    Bug(
+        step="07_mnist_mlp",
+        name="preprocessing of the training images only",
+        original="    return [TensorDataset((x - mean) / std, y) for x, y in datasets]",
+        planted="    (x, y), test = datasets\n"
+        "    return [TensorDataset((x - mean) / std, y), TensorDataset(*test)]",
+        flags="--max_iters 300 --eval_interval 300",
+        symptom="S",
+        hints=[
+            "Overfitting, or other data? Evaluate the training images as if they were test images.",
+            "Print the mean and the standard deviation of the pixels in both data sets.",
+        ],
+        lesson="Whatever is done to the training inputs must be done to the test inputs, with the"
+        " training set's statistics: else the model is tested on data that it has never met.",
+        test=MNIST
+        + "test_pixels_are_normalized_with_the_training_sets_statistics[step_07_mnist_mlp]",
+    ),
+    Bug(
+        step="07_mnist_mlp",
+        name="(N,) compared with (N, 1)",
+        original="    accuracy = (logits.argmax(dim=1) == y).float()",
+        planted="    accuracy = (logits.argmax(dim=1) == y[:, None]).float()",
+        flags="--max_iters 300 --eval_interval 300",
+        symptom="S",
+        hints=[
+            "The loss says that the model learns. Compute the accuracy by hand for five images.",
+            "Print the shape of the comparison whose mean is taken.",
+        ],
+        lesson="Comparing (N,) with (N, 1) compares every prediction with every label: the mean of"
+        " the (N, N) matrix is chance, however good the model is.",
+        test=MNIST
+        + "test_evaluation_measures_all_examples_in_chunks_and_without_a_graph[step_07_mnist_mlp]",
+    ),
+    # ---------- 08_mnist_adam ----------
+    Bug(
+        step="08_mnist_adam",
+        name="optimizer state that is lost at every update",
+        original="        params, self.state = self.update(params, grads, self.state)",
+        planted="        params, _ = self.update(params, grads, self.state)",
+        flags="--max_iters 300 --eval_interval 300",
+        symptom="S",
+        hints=[
+            "Print the first weight before and after an update. Then print optimizer.state.",
+            "An optax optimizer is a pure function: where does its next state go?",
+        ],
+        lesson="In a functional optimizer the state is an argument and a result: if the result is"
+        " dropped, every update is the first one, with the learning rate at the start of the"
+        " warm-up.",
+        test=MNIST + "test_08_optimizer_state_survives_from_update_to_update",
+    ),
+    Bug(
+        step="08_mnist_adam",
+        name="an assignment to the loop variable",
+        original="            p.data = torch.from_dlpack(new)",
+        planted="            p = torch.from_dlpack(new)",
+        flags="--max_iters 300 --eval_interval 300",
+        symptom="S",
+        hints=[
+            "The updates are computed. Do they arrive in the model?",
+            "In Python, what does an assignment to the variable of a for loop change?",
+        ],
+        lesson="p = ... only binds the name p to another tensor; p.data = ... (or an operation in"
+        " place) changes the parameter that the model uses.",
+        test=MNIST + "test_08_ten_optax_updates_equal_torch_adams",
+    ),
+    Bug(
+        step="08_mnist_adam",
+        name="a schedule ten times too long",
+        original="(0, args.learning_rate, warmup, args.max_iters)",
+        planted="(0, args.learning_rate, warmup, 10 * args.max_iters)",
+        flags="--max_iters 300 --eval_interval 300",
+        symptom="S",
+        hints=[
+            "Draw the learning rate that the run records. Is it what the docstring promises?",
+            "When does the cosine reach 0?",
+        ],
+        lesson="A cosine decay must reach its end with the last update; a schedule made for another"
+        " number of iterations never comes to the small learning rates that average out the noise.",
+        test=MNIST + "test_training_is_that_of_pytorchs_optimizer[step_08_mnist_adam]",
+    ),
+    Bug(
+        step="08_mnist_adam",
+        name="gradients not zeroed",
+        original="        optimizer.zero_grad()\n",
+        planted="",
+        flags="--max_iters 300 --eval_interval 300",
+        symptom="S",
+        hints=[
+            "Print the gradient norm in every iteration: does it behave as the loss does?",
+            "What does backward do with a gradient that is there already?",
+        ],
+        lesson="backward adds to .grad: without zero_grad every update follows the sum of all"
+        " gradients so far. Adam divides by their size, which hides it from a quick look.",
+        test=MNIST + "test_training_is_that_of_pytorchs_optimizer[step_08_mnist_adam]",
+    ),
+    # ---------- 09_mnist_convnet ----------
+    Bug(
+        step="09_mnist_convnet",
+        name="a shift along the wrong dimension",
+        original="    return x.roll((dy, dx), dims=(2, 3))",
+        planted="    return x.roll((dy, dx), dims=(0, 3))",
+        flags="--max_iters 100 --eval_interval 100",
+        symptom="S",
+        hints=[
+            "Does --shift 0 help? Then draw a minibatch after augment, with its labels.",
+            "What are the four dimensions of x, and which of them may be moved?",
+        ],
+        lesson="Rolled along the batch, image i meets the label of its neighbor: augmentation may"
+        " change an input in any way that keeps its label right, and in no other.",
+        test=MNIST + "test_augmentation_moves_digits_by_at_most_shift[step_09_mnist_convnet]",
+    ),
+    Bug(
+        step="09_mnist_convnet",
+        name="dropout that knows no evaluation mode",
+        original="x = self.dropout(F.relu(self.hidden(x.flatten(1))))",
+        planted="x = F.dropout(F.relu(self.hidden(x.flatten(1))), self.dropout.p)",
+        flags="--max_iters 100 --eval_interval 100",
+        symptom="S",
+        hints=[
+            "model.eval() is called. Which layers listen to it?",
+            "Look up the signature of the function that drops units here.",
+        ],
+        lesson="F.dropout is a function: it does not know the mode of the model, and drops units"
+        " unless it is told training=False. The module nn.Dropout follows model.eval().",
+        test=MNIST + "test_09_is_two_convolutions_with_pooling_then_two_linear_layers",
+    ),
+    Bug(
+        step="09_mnist_convnet",
+        name="a layer that starts at zero",
+        original="        for layer in (self.conv_1, self.conv_2, self.hidden):",
+        planted="        for layer in (self.conv_1, self.hidden):",
+        flags="--max_iters 100 --eval_interval 100",
+        symptom="S",
+        hints=[
+            "Print the gradient norm of every parameter after the first backward pass.",
+            "What comes out of a layer with weights 0, and what is ReLU's gradient there?",
+        ],
+        lesson="A layer of zeros in the middle outputs nothing and passes no gradient on: only the"
+        " output bias learns, that is, how frequent each class is.",
+        test=MNIST + "test_weights_have_variance_2_over_n_and_all_else_is_zero"
+        "[step_09_mnist_convnet]",
+    ),
+    Bug(
+        step="09_mnist_convnet",
+        name="a result that nobody uses",
+        original="        logits = model(augment(x, args.shift))",
+        planted="        augment(x, args.shift)\n        logits = model(x)",
+        flags="--max_iters 100 --eval_interval 100",
+        symptom="S",
+        hints=[
+            "Does --shift 5 change anything in the losses?",
+            "Does augment change x, or does it return something new?",
+        ],
+        lesson="augment returns new images and leaves x as it is: most functions of PyTorch work so"
+        " (only names that end in _ work in place), and an unused result is no error.",
+        test=MNIST + "test_training_is_that_of_pytorchs_optimizer[step_09_mnist_convnet]",
+    ),
+    Bug(
+        step="09_mnist_convnet",
+        name="augmentation in evaluation",
+        original="    logits = torch.cat([model(chunk) for chunk in x.split(200)])",
+        planted="    logits = torch.cat([model(augment(chunk, 2)) for chunk in x.split(200)])",
+        flags="--max_iters 100 --eval_interval 100",
+        symptom="S",
+        hints=[
+            "Is an evaluation of the same model twice the same?",
+            "What happens to a test image before the model sees it?",
+        ],
+        lesson="Random augmentation belongs to training: in evaluation it makes the result random,"
+        " and other than that of the images that were to be classified.",
+        test=MNIST + "test_every_minibatch_is_augmented_and_no_evaluation[step_09_mnist_convnet]",
+    ),
+    # ---------- 10_mnist_resnet ----------
+    Bug(
+        step="10_mnist_resnet",
+        name="batch statistics in evaluation",
+        original="    model.eval()  # batch norm: running averages, so that an image's logits"
+        " depend on it alone\n",
+        planted="",
+        flags="--max_iters 100 --eval_interval 100 --n_channel 4",
+        symptom="S",
+        hints=[
+            "Evaluate one image alone, and the same image among others.",
+            "Where do the mean and the variance in batch norm come from, in training and in"
+            " evaluation?",
+        ],
+        lesson="In training mode batch norm uses the statistics of the images that happen to be in"
+        " the same chunk, and changes its running averages: the test data leak into the model.",
+        test=MNIST + "test_10_evaluation_uses_running_statistics_and_leaves_them",
+    ),
+    Bug(
+        step="10_mnist_resnet",
+        name="no way back to training mode",
+        original="    model.train()\n    accuracy",
+        planted="    accuracy",
+        flags="--max_iters 100 --eval_interval 100 --n_channel 4",
+        symptom="S",
+        hints=[
+            "Print model.training in the loop.",
+            "What do the running averages of batch norm look like after 100 iterations?",
+        ],
+        lesson="After the first evaluation batch norm went on with its initial running averages, 0"
+        " and 1: it normalized nothing. model.train() belongs at the end of every evaluation.",
+        test=MNIST + "test_evaluation_measures_all_examples_in_chunks_and_without_a_graph"
+        "[step_10_mnist_resnet]",
+    ),
+    Bug(
+        step="10_mnist_resnet",
+        name="the wrong scale starts at zero",
+        original="        nn.init.zeros_(self.bn_2.weight)  # every block",
+        planted="        nn.init.zeros_(self.bn_1.weight)  # every block",
+        flags="--max_iters 100 --eval_interval 100 --n_channel 4",
+        symptom="S",
+        hints=[
+            "Print the gradient norm of every parameter of a block: which ones are exactly 0?",
+            "What comes out of ReLU, and what gradient goes back through it, if its input is 0?",
+        ],
+        lesson="A zero scale before a ReLU is dead for good, since the gradient of ReLU is 0 there;"
+        " the last scale of a block may be zero, since nothing follows it but the sum.",
+        test=MNIST + "test_10_block_with_zero_last_scale_is_its_shortcut",
+    ),
+    Bug(
+        step="10_mnist_resnet",
+        name="validation on training data",
+        original='evaluate(model, test_set, "test")',
+        planted='evaluate(model, train_eval, "test")',
+        flags="--max_iters 100 --eval_interval 100 --n_channel 4",
+        symptom="S",
+        hints=[
+            "When are two measurements equal to the last digit?",
+            "Follow the test images from load_data to the place where they are used.",
+        ],
+        lesson="A test result that equals the training result was measured on the training data:"
+        " it says nothing about generalization.",
+        test=MNIST + "test_test_data_are_never_trained_on[step_10_mnist_resnet]",
+    ),
+    # ---------- 11_shakespeare_ffn ----------
+    Bug(
+        step="11_shakespeare_ffn",
+        name="a context that contains the target",
+        original="    return TensorDataset(chunks[:, :-1], chunks[:, -1])",
+        planted="    return TensorDataset(chunks[:, 1:], chunks[:, -1])",
+        flags="--n_embd 32 --n_hidden 64 --max_iters 200 --eval_interval 100",
+        symptom="S",
+        hints=[
+            "A result that is far too good is a bug until you can explain it.",
+            "Let ids be 0, 1, 2, ... and print the first window and its target.",
+        ],
+        lesson="Off by one: the last word of the context was the word to predict, and the model"
+        " learned to copy it. Write down one small example of every slice.",
+        test=WORDS + "test_target_is_the_word_after_the_window",
+    ),
+    Bug(
+        step="11_shakespeare_ffn",
+        name="a vocabulary that has seen the test text",
+        original="    counts = Counter(train_words)",
+        planted="    counts = Counter(train_words + test_words)",
+        flags="--n_embd 32 --n_hidden 64 --max_iters 200 --eval_interval 100",
+        symptom="S",
+        hints=[
+            "Nothing that is computed from the test text may reach the model. What is computed"
+            " before training begins?",
+            "How many of the test words are <unk>, and which words do not occur in the training"
+            " text at all?",
+        ],
+        lesson="The vocabulary is learned from data, too: with the test text in it, the model's"
+        " size and the share of <unk> depend on what was to be unknown: no result is comparable.",
+        test=WORDS + "test_vocabulary_comes_from_the_training_part_only[11_shakespeare_ffn]",
+    ),
+    Bug(
+        step="11_shakespeare_ffn",
+        name="a loss averaged over batches instead of words",
+        original='        loss += F.cross_entropy(model(x), y, reduction="sum").item()\n'
+        "    model.train()\n"
+        '    return {f"{name}_loss": loss / len(dataset)}',
+        planted="        loss += F.cross_entropy(model(x), y).item()\n"
+        "    model.train()\n"
+        '    return {f"{name}_loss": loss / math.ceil(len(dataset) / 512)}',
+        flags="--n_embd 32 --n_hidden 64 --max_iters 200 --eval_interval 100",
+        symptom="S",
+        hints=[
+            "How many words are there in each chunk of the evaluation, and how many in the last?",
+            "What is the weight of a single word in the mean, in the first chunk and in the last?",
+        ],
+        lesson="A mean of means weighs the words of a smaller last batch more: sum over the words,"
+        " and divide once by their number.",
+        test=WORDS
+        + "test_evaluation_is_the_mean_over_words_however_they_are_batched[11_shakespeare_ffn]",
+    ),
+    Bug(
+        step="11_shakespeare_ffn",
+        name="weight decay on norms and biases",
+        original="    matrices = [p.ndim == 2 for p in model.parameters()]",
+        planted="    matrices = [p.ndim > 0 for p in model.parameters()]",
+        flags="--n_embd 32 --n_hidden 64 --max_iters 200 --eval_interval 100",
+        symptom="S",
+        hints=[
+            "Compare with --weight_decay 0: whom does the decay help, and whom does it hurt?",
+            "The output bias starts at the log frequencies of the words. What is it at the end?",
+        ],
+        lesson="Weight decay pulls to 0. That is right for matrices; a layer norm's scale belongs"
+        " near 1, and the output bias near the log frequencies of the words.",
+        test=WORDS
+        + "test_training_is_adamw_with_warm_up_cosine_and_decay_of_matrices[11_shakespeare_ffn]",
+    ),
+    # ---------- 12_sampling ----------
+    Bug(
+        step="12_sampling",
+        name="a temperature that works the wrong way round",
+        original="        p = (logits / args.temperature).softmax(dim=1)",
+        planted="        p = (logits * args.temperature).softmax(dim=1)",
+        flags="--n_embd 32 --n_hidden 64 --max_iters 200 --eval_interval 100 --temperature 0.1",
+        symptom="S",
+        hints=[
+            "Compare samples with --temperature 0.1 and with --temperature 10.",
+            "By what must logits be divided or multiplied for their differences to grow?",
+        ],
+        lesson="Logits are divided by the temperature: below 1 their differences grow, and the"
+        " distribution sharpens.",
+        test=WORDS + "test_temperature_sets_the_odds",
+    ),
+    Bug(
+        step="12_sampling",
+        name="top-k with the threshold of the most likely",
+        original=".values[:, -1:]  # (1, 1)",
+        planted=".values[:, :1]  # (1, 1)",
+        flags="--n_embd 32 --n_hidden 64 --max_iters 200 --eval_interval 100",
+        symptom="S",
+        hints=[
+            "Does --top_k 0 help? And does it matter which other k it is?",
+            "topk returns its values in decreasing order. Which one is the k-th?",
+        ],
+        lesson="The threshold of top-k sampling is the k-th largest logit, the last of topk's"
+        " values; with the first, only the most likely word is left, whatever k is.",
+        test=WORDS + "test_top_k_samples_only_from_the_k_most_likely",
+    ),
+    Bug(
+        step="12_sampling",
+        name="samples that take random numbers from training",
+        original="torch.multinomial(p, 1, generator=generator)",
+        planted="torch.multinomial(p, 1)",
+        flags="--n_embd 32 --n_hidden 64 --max_iters 200 --eval_interval 100",
+        symptom="S",
+        hints=[
+            "Compare the losses with --max_new_tokens 0 and with 100: where do they part?",
+            "Which random number generator do dropout and shuffling use, and which one does"
+            " sampling?",
+        ],
+        lesson="Whatever draws from the global generator changes all random numbers after it: what"
+        " only watches the training needs a generator of its own.",
+        test=WORDS + "test_sampling_does_not_disturb_training",
+    ),
+    Bug(
+        step="12_sampling",
+        name="no way back to training mode",
+        original="    model.train()\n    return ids",
+        planted="    return ids",
+        flags="--n_embd 32 --n_hidden 64 --max_iters 200 --eval_interval 100",
+        symptom="S",
+        hints=[
+            "Compare with --dropout 0.",
+            "In which mode does each function leave the model that it was given?",
+        ],
+        lesson="Sampling switches to evaluation mode and has to switch back: else everything that"
+        " comes after the first sample is trained without dropout.",
+        test=WORDS + "test_dropout_is_on_in_training_only[12_sampling]",
+    ),
+    Bug(
+        step="12_sampling",
+        name="a class that must never be sampled",
+        original="        logits[:, 0] = -math.inf  # never sample <unk>\n",
+        planted="",
+        flags="--n_embd 32 --n_hidden 64 --max_iters 200 --eval_interval 100",
+        symptom="S",
+        hints=[
+            "Which entries of the vocabulary are not words to write?",
+            "How can a class get probability 0, whatever the model predicts?",
+        ],
+        lesson="A class that must not be written is masked out before softmax, with a logit of"
+        " minus infinity.",
+        test=WORDS + "test_unknown_is_never_written",
+    ),
+    # ---------- 13_transformer ----------
+    Bug(
+        step="13_transformer",
+        name="a causal mask that is off by one",
+        original=".tril()  # position t sees",
+        planted=".tril(1)  # position t sees",
+        flags="--n_embd 32 --n_layer 1 --max_iters 200 --eval_interval 100",
+        symptom="S",
+        hints=[
+            "Change the last word of a window: which logits change?",
+            "Print the mask for T = 4. What is at position t + 1 of the window?",
+        ],
+        lesson="With the diagonal one too high, every position sees the next word, which is its"
+        " target. The loss looks wonderful, and the samples show that nothing was learned.",
+        test=WORDS + "test_later_words_never_change_earlier_logits",
+    ),
+    Bug(
+        step="13_transformer",
+        name="scores without their scale",
+        original="        scores = q @ k.mT / math.sqrt(C // self.n_head)  # (B, H, T, T)",
+        planted="        scores = q @ k.mT  # (B, H, T, T)",
+        flags="--n_embd 32 --n_layer 1 --max_iters 200 --eval_interval 100",
+        symptom="S",
+        hints=[
+            "Compare the layer with F.scaled_dot_product_attention, with the same weights.",
+            "What is the variance of a dot product of two random vectors of length D?",
+        ],
+        lesson="Dot products of vectors of length D have a standard deviation of sqrt(D):"
+        " undivided, softmax saturates, and the gradients through it vanish.",
+        test=WORDS + "test_written_out_attention_equals_sdpa",
+    ),
+    Bug(
+        step="13_transformer",
+        name="heads put together wrongly",
+        original="        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)",
+        planted="        return self.c_proj(y.reshape(B, T, C))  # (B, T, C)",
+        flags="--n_embd 32 --n_layer 1 --max_iters 200 --eval_interval 100",
+        symptom="S",
+        hints=[
+            "The mask is right, and yet a later word changes earlier logits. Which operation after"
+            " the softmax mixes positions?",
+            "y is (B, H, T, D) and becomes (B, T, C): in which order do its numbers lie in memory?",
+        ],
+        lesson="reshape keeps the order in memory: from (B, H, T, D) to (B, T, H * D) the"
+        " dimensions have to be transposed first, or positions and heads are mixed, the future"
+        " included.",
+        test=WORDS + "test_written_out_attention_equals_sdpa",
+    ),
+    Bug(
+        step="13_transformer",
+        name="one position embedding for all positions",
+        original="self.wpe.weight[: x.shape[1]])  # (B, T, C)",
+        planted="self.wpe.weight[:1])  # (B, T, C)",
+        flags="--n_embd 32 --n_layer 1 --max_iters 200 --eval_interval 100",
+        symptom="S",
+        hints=[
+            "Swap two earlier words: do the last logits change, in a model with one block?",
+            "What shape do the position embeddings have that are added here?",
+        ],
+        lesson="A weighted mean ignores order, so the positions must be added to the embeddings;"
+        " one row, broadcast to all positions, says nothing.",
+        test=WORDS + "test_the_order_of_the_words_matters",
+    ),
+    Bug(
+        step="13_transformer",
+        name="words that are scored with little context, and more than once",
+        original="    targets[:, : -args.eval_stride] = -100\n",
+        planted="",
+        flags="--n_embd 32 --n_layer 1 --max_iters 200 --eval_interval 100",
+        symptom="S",
+        hints=[
+            "Over how many words is the mean taken, and how many are there in the test text?",
+            "Evaluation windows overlap. Which of their targets may count?",
+        ],
+        lesson="In sliding-window evaluation only the last eval_stride targets of a window count:"
+        " the others have been scored before, and here they have less context.",
+        test=WORDS + "test_sliding_window_evaluation_is_the_mean_over_words",
+    ),
+    # ---------- 14_resnet_gpu ----------
+    Bug(
+        step="14_resnet_gpu",
+        name="images shuffled, their labels not",
+        original="y[chunk].split(args.batch_size))",
+        planted="y.split(args.batch_size))",
+        flags="--max_iters 60 --n_channel 8",
+        symptom="S",
+        hints=[
+            "Draw a minibatch with its labels.",
+            "Which indices choose the images, and which ones choose the labels?",
+        ],
+        lesson="Images and labels have to be indexed by the same permutation; that nothing is"
+        " learned, and the loss stays at log(10), is the sign of labels without a relation.",
+        test="test_14_resnet_gpu.py::"
+        "test_an_epoch_shows_every_image_once_and_the_next_in_another_order",
+    ),
+    Bug(
+        step="14_resnet_gpu",
+        name="another range of pixels in evaluation",
+        original="    chunks = [normalize(chunk / 255, stats) for chunk in x.split(1000)]",
+        planted="    chunks = [normalize(chunk, stats) for chunk in x.split(1000)]",
+        flags="--max_iters 60 --n_channel 8",
+        symptom="S",
+        hints=[
+            "The loss on the training images is as bad as that on the test images. Is it also bad"
+            " for the minibatches?",
+            "Print the mean and the standard deviation of what the model gets, in training and in"
+            " evaluation.",
+        ],
+        lesson="Training and evaluation must preprocess alike: here one had pixels from 0 to 1 and"
+        " the other from 0 to 255.",
+        test="test_14_resnet_gpu.py::test_evaluation_is_the_mean_over_views_of_every_image",
+    ),
+    Bug(
+        step="14_resnet_gpu",
+        name="a sum where a mean was meant",
+        original="    logits /= len(VIEWS)  # (N, C)\n",
+        planted="",
+        flags="--max_iters 60 --n_channel 8",
+        symptom="S",
+        hints=[
+            "Which change of the logits leaves every argmax alone, but not the loss?",
+            "Is the model as certain as its logits say? Follow them through the views.",
+        ],
+        lesson="Logits that are five times too large have the same argmax, but the probabilities of"
+        " a model that is far too certain: look at the loss and at the accuracy.",
+        test="test_14_resnet_gpu.py::test_evaluation_is_the_mean_over_views_of_every_image",
+    ),
+    Bug(
+        step="14_resnet_gpu",
+        name="a wait for the GPU in every iteration",
+        original='        clock.mark("update")\n',
+        planted='        clock.mark("update")\n'
+        '        bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)\n',
+        flags="--max_iters 60 --n_channel 8",
+        symptom="S",
+        hints=[
+            "A GPU runs asynchronously: what makes the CPU wait for it?",
+            "Which lines of the loop need a number from the device?",
+        ],
+        lesson=".item(), printing and comparing make the CPU wait until the GPU has computed the"
+        " value; meanwhile no new kernels are launched, and the GPU soon waits, too.",
+        test="test_14_resnet_gpu.py::test_nothing_in_the_loop_waits_for_the_device",
+    ),
+    Bug(
+        step="14_resnet_gpu",
+        name="no reshuffling",
+        original="    while True:\n        order = torch.randperm(len(x), device=x.device)[:n]\n",
+        planted="    order = torch.randperm(len(x), device=x.device)[:n]\n    while True:\n",
+        flags="--max_iters 60 --n_channel 8",
+        symptom="S",
+        hints=[
+            "Which images does an epoch leave out, and are they the same ones in every epoch?",
+            "How often is a permutation drawn?",
+        ],
+        lesson="Drawn once before the loop, the permutation repeats in every epoch, and the images"
+        " of the incomplete last minibatch are never seen.",
+        test="test_14_resnet_gpu.py::"
+        "test_an_epoch_shows_every_image_once_and_the_next_in_another_order",
+    ),
+    # ---------- 15_imagenet ----------
+    Bug(
+        step="15_imagenet",
+        name="weight decay on norms and biases",
+        original='if p.ndim == 1], "weight_decay": 0.0},',
+        planted="if p.ndim == 1]},",
+        flags="--recipe tiny",
+        symptom="S",
+        hints=[
+            "Print the groups of the optimizer: which hyperparameters differ between them?",
+            "To which value does weight decay pull the scale of a batch norm?",
+        ],
+        lesson="Weight decay is for the weights of convolutions and linear layers; the scales and"
+        " biases of norms are few, and pulling them to 0 only distorts what they normalize.",
+        test="test_15_imagenet.py::test_norms_and_biases_do_not_decay",
+    ),
+    Bug(
+        step="15_imagenet",
+        name="the same order and the same crops in every epoch",
+        original="        rng = np.random.default_rng([args.seed, epoch])",
+        planted="        rng = np.random.default_rng(args.seed)",
+        flags="--recipe tiny",
+        symptom="S",
+        hints=[
+            "Which random numbers should differ from epoch to epoch?",
+            "On what does the seed of an epoch's generator depend?",
+        ],
+        lesson="A generator that is seeded anew in every epoch needs the epoch in its seed, or each"
+        " image comes with the same crop, in the same minibatch, again and again.",
+        test="test_15_imagenet.py::test_batches_are_a_function_of_seed_and_iteration",
+    ),
+    Bug(
+        step="15_imagenet",
+        name="a mean that is divided once more",
+        original='        loss = F.cross_entropy(logits, y, reduction="sum")',
+        planted="        loss = F.cross_entropy(logits, y)",
+        flags="--recipe tiny --epochs 1",
+        symptom="S",
+        hints=[
+            "What would the loss of a model be that knows nothing?",
+            "What is added up over the batches, and by what is the sum divided?",
+        ],
+        lesson="cross_entropy returns the mean over the batch: to average over all images, add up"
+        " sums, and divide once by the number of images.",
+        test="test_15_imagenet.py::test_every_validation_image_counts_once",
+    ),
+    Bug(
+        step="15_imagenet",
+        name="a moving average with its weights exchanged",
+        original="    torch._foreach_lerp_(averages, values, 1 - decay)",
+        planted="    torch._foreach_lerp_(averages, values, decay)",
+        flags="--recipe tiny",
+        symptom="S",
+        hints=[
+            "Does --ema_decay 0 (evaluate the last weights) change the results?",
+            "lerp(a, b, w) = a + w * (b - a): which one gets the weight 0.99?",
+        ],
+        lesson="With its two weights exchanged, the average is almost the latest value and averages"
+        " nothing; the formula in the docstring is worth a test of its own.",
+        test="test_15_imagenet.py::test_what_is_evaluated_is_the_average_of_the_weights",
+    ),
+    Bug(
+        step="15_imagenet",
+        name="optimizer state that is lost at a resume",
+        original='    parts = {"model": model, "ema": ema, "optimizer": optimizer}',
+        planted='    parts = {"model": model, "ema": ema}',
+        flags="--recipe tiny",
+        symptom="S",
+        hints=[
+            "List all that the next update depends on. Is all of it in last.pt?",
+            "print(torch.load('last.pt').keys())",
+        ],
+        lesson="A checkpoint must hold all that the next update depends on: without the optimizer's"
+        " state, the momentum starts from zero, and a resumed run is another run.",
+        test="test_15_imagenet.py::test_signal_saves_and_ends[15]",
+    ),
+    # ---------- 16_nanogpt_shakespeare ----------
+    Bug(
+        step="16_nanogpt_shakespeare",
+        name="a cached token at the wrong position",
+        original="self.wpe.weight[n : n + x.shape[1]])",
+        planted="self.wpe.weight[: x.shape[1]])",
+        flags="--max_iters 200 --eval_interval 100",
+        symptom="S",
+        hints=[
+            "Compare generate with and without use_cache, at temperature 0.",
+            "With a cache, x holds one new token. Where in the text does it stand?",
+        ],
+        lesson="A cache keeps keys and values, but the new token's position has to be counted from"
+        " the cached ones on: else each token believes that it is the first.",
+        test="test_16_nanogpt_shakespeare.py::test_cached_sampling_writes_the_same_text[5]",
+    ),
+    Bug(
+        step="16_nanogpt_shakespeare",
+        name="clipping after the update",
+        original="""        if args.grad_clip:
+            nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+        for optimizer in optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = schedule(args, iter_num)
+            optimizer.step()
+            optimizer.zero_grad()
+""",
+        planted="""        for optimizer in optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = schedule(args, iter_num)
+            optimizer.step()
+            optimizer.zero_grad()
+        if args.grad_clip:
+            nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+""",
+        flags="--max_iters 200 --eval_interval 100 --optimizer adamw --grad_clip 0.001",
+        symptom="S",
+        hints=[
+            "Print the gradient norm that clip_grad_norm_ returns.",
+            "In which order do backward, clip and step have to come?",
+        ],
+        lesson="Gradients are clipped between backward and step; after the update there is nothing"
+        " left to clip, and no error says so.",
+        test="test_16_nanogpt_shakespeare.py::test_training_is_the_recipe[adamw]",
+    ),
+    Bug(
+        step="16_nanogpt_shakespeare",
+        name="validation on training data",
+        original="    return ids[:split], ids[split:], vocab",
+        planted="    return ids[:split], ids[: len(ids) - split], vocab",
+        flags="--max_iters 200 --eval_interval 100",
+        symptom="S",
+        hints=[
+            "Decode the first characters of both parts of the data.",
+            "Which characters does the training text have in common with the validation text?",
+        ],
+        lesson="The validation text must not overlap the training text: the usual sign is that the"
+        " gap between the two losses never opens, however long the training is.",
+        test="test_16_nanogpt_shakespeare.py::"
+        "test_the_first_nine_tenths_train_and_the_rest_validates",
+    ),
+    Bug(
+        step="16_nanogpt_shakespeare",
+        name="targets that are the inputs",
+        original="        yield chunks[:, :-1], chunks[:, 1:]",
+        planted="        yield chunks[:, :-1], chunks[:, :-1]",
+        flags="--max_iters 200 --eval_interval 100",
+        symptom="S",
+        hints=[
+            "train_loss and val_loss disagree: do both ask the model the same question?",
+            "Let ids be 0, 1, 2, ... and print one x and its y.",
+        ],
+        lesson="With targets that are not shifted the model learns to repeat its input: an"
+        " excellent training loss, and a validation loss worse than chance.",
+        test="test_16_nanogpt_shakespeare.py::"
+        "test_a_batch_is_windows_and_the_characters_after_them",
+    ),
+    Bug(
+        step="16_nanogpt_shakespeare",
+        name="weight decay on layer norms and biases",
+        original='{"params": vectors, "weight_decay": 0.0}]',
+        planted='{"params": vectors}]',
+        flags="--max_iters 200 --eval_interval 100 --weight_decay 10 --optimizer adamw",
+        symptom="S",
+        hints=[
+            "Print the scales of the layer norms after training.",
+            "Where does a parameter group get the hyperparameters that it does not name?",
+        ],
+        lesson="A parameter group inherits what it does not name: the norms and biases, which"
+        " should not decay, decay like the matrices.",
+        test="test_16_nanogpt_shakespeare.py::test_matrices_decay_and_vectors_do_not[adamw]",
+    ),
+    # ---------- 17_gpt2_multigpu ----------
+    Bug(
+        step="17_gpt2_multigpu",
+        name="accumulated gradients that are not scaled",
+        original="                micro_loss = batch_loss(x, y) / n_micro_batches",
+        planted="                micro_loss = batch_loss(x, y)",
+        flags="",
+        symptom="S",
+        hints=[
+            "Halve --batch_size: the batch of an update stays the same, and so should its loss.",
+            "backward adds the gradients of the micro-batches. What is their mean?",
+        ],
+        lesson="Gradients accumulate as a sum: each micro-batch's loss has to be divided by their"
+        " number, or gradients, clipping and the loss depend on how the batch is cut.",
+        test="test_17_gpt2_multigpu.py::test_accumulation_changes_nothing",
+    ),
+    Bug(
+        step="17_gpt2_multigpu",
+        name="ranks that read the same data",
+        original=" // args.block_size + args.rank * args.batch_size",
+        planted=" // args.block_size",
+        flags="",
+        symptom="S",
+        hints=[
+            "Print the first token of every micro-batch in both processes.",
+            "On what does the place of a process in the data depend?",
+        ],
+        lesson="Data parallelism needs different data on every rank: with the same data, N GPUs"
+        " compute the same gradient N times, and only the speed seems to scale.",
+        test="test_17_gpt2_multigpu.py::test_the_data_do_not_depend_on_the_number_of_processes",
+    ),
+    Bug(
+        step="17_gpt2_multigpu",
+        name="the same dropout masks on every rank",
+        original="iter_num * args.world_size + args.rank)",
+        planted="iter_num)",
+        flags="--dropout 0.2",
+        symptom="S",
+        hints=[
+            "Print torch.rand(1) in each process, just before the first micro-batch.",
+            "By what do the seeds of two processes have to differ?",
+        ],
+        lesson="Ranks that are seeded alike draw the same dropout masks: the noise does not average"
+        " out over the processes. The seed needs the rank, and in a resumable run the iteration.",
+        test="test_17_gpt2_multigpu.py::"
+        "test_every_process_and_iteration_has_dropout_masks_of_its_own",
+    ),
+    Bug(
+        step="17_gpt2_multigpu",
+        name="a resumed run that reads from the beginning",
+        original="    p = iter_num * args.total_batch_tokens // args.block_size + args.rank",
+        planted="    p = args.rank",
+        flags="",
+        symptom="S",
+        hints=[
+            "What does a run read in its first iteration, and what after a resume?",
+            "Which arguments of minibatches are used, and which one is not?",
+        ],
+        lesson="A resumed run has to go on in the data where it stopped: one that starts over sees"
+        " the first part of the data again after every restart, and the rest never.",
+        test="test_17_gpt2_multigpu.py::test_the_place_in_the_data_is_the_iteration",
+    ),
+    Bug(
+        step="17_gpt2_multigpu",
+        name="gradients that are clipped before they are unscaled",
+        original="        for optimizer in optimizers.values():\n"
+        "            scaler.unscale_(optimizer)\n",
+        planted="",
+        flags="--dtype float16",
+        symptom="S",
+        hints=[
+            "Print grad_norm. With --dtype float32 it is of the order of 1.",
+            "The GradScaler multiplies the loss. In what unit are the gradients when they are"
+            " clipped?",
+        ],
+        lesson="With a GradScaler the gradients are multiplied by its scale until unscale_ is"
+        " called: clipping before that shrinks every gradient to next to nothing.",
+        test="test_17_gpt2_multigpu.py::test_training_is_the_recipe[float16]",
+    ),
 ]
