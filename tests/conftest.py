@@ -10,6 +10,7 @@ import urllib.error
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import pytest
 import standins as standins_script
 import torch
@@ -49,6 +50,17 @@ def real_data():
     return Path(folder)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(tmp_path_factory):
+    """What JAX compiles is kept for later runs of the same sizes, in other processes, too."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        settings = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("jax"))}
+        settings["jax_persistent_cache_min_compile_time_secs"] = 0.1
+        for name, value in settings.items():
+            jax.config.update(name, value)
+            os.environ[name.upper()] = str(value)
+
+
 @pytest.fixture
 def no_network(monkeypatch):
     """Every download fails at once."""
@@ -60,7 +72,7 @@ def no_network(monkeypatch):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def runs_alone(request, standins, tmp_path_factory):
+def runs_alone(request, standins, compiled_once, tmp_path_factory):
     """Run every step under test in a folder of its own, beside the other tests: {step: future}."""
 
     def run(step, folder):

@@ -245,8 +245,12 @@ def as_layers(model, dropout):
     return nn.Sequential(*(layer for part in parts for layer in part), model.out)
 
 
+MLP_SIZES = [(6, 5, 3, 4), (6, 5, 0, 4)]
+
+
 @pytest.mark.parametrize(
-    ("step", "sizes"), [(step_07, (6, 5, 3, 4)), (step_08, (6, 5, 0, 4)), (step_09, (7,))]
+    ("step", "sizes"),
+    [*((step, sizes) for step in (step_07, step_08) for sizes in MLP_SIZES), (step_09, (7,))],
 )
 def test_logits_and_gradients_are_those_of_pytorchs_layers(step, sizes):
     torch.manual_seed(0)
