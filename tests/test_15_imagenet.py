@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -460,29 +462,71 @@ def test_what_is_evaluated_is_the_average_of_the_weights(step, tree, tmp_path, m
         assert not torch.equal(expected, value)
 
 
-def test_every_update_has_its_gradient_and_its_learning_rate(step, tree, tmp_path, monkeypatch):
+@pytest.mark.parametrize("n_micro_batches", [1, 4])
+def test_training_is_the_recipe(n_micro_batches, step, tree, tmp_path, monkeypatch):
+    """Augment, forward, backward, accumulate, update: the weights of the loop written out here."""
     small_net(step, monkeypatch)
-    make_optimizer, cross_entropy, calls = step.make_optimizer, step.F.cross_entropy, []
+    more = ["--mixup", "0.2", "--label_smoothing", "0.3", "--eval_interval", "6"]
+    args = flags(step, tree, tmp_path, *more, "--n_micro_batches", str(n_micro_batches))
+    record = step.train(args)
+    images, _, names = step.load_data(args)
+    stats = step.image_stats(torch.device("cpu"))
+    torch.manual_seed(args.seed)
+    model = step.ResNet(18, len(names), True).to(memory_format=torch.channels_last)
+    groups = [[p for p in model.parameters() if (p.ndim == 1) == vector] for vector in (0, 1)]
+    groups = [{"params": group, "weight_decay": w} for group, w in zip(groups, (1e-3, 0.0))]
+    optimizer, losses = torch.optim.SGD(groups, momentum=0.9, nesterov=True), []
+    for i, items in zip(range(6), step.minibatches(args, images, 0)):
+        pixels, labels = zip(*(images[item] for item in items))
+        torch.manual_seed(args.seed * 1_000_003 + i)
+        model.zero_grad()
+        for k in range(0, 8, 8 // n_micro_batches):
+            part = slice(k, k + 8 // n_micro_batches)
+            x, y = torch.stack(pixels[part]), torch.tensor(labels[part])
+            x, y = step.augment(args, x, y, stats, len(names))
+            loss = torch.nn.functional.cross_entropy(model(x), y, label_smoothing=0.3)
+            (loss / n_micro_batches).backward()
+            losses.append(loss.item())
+        cosine = (1 + math.cos(math.pi * max(0, i - 1) / 5)) / 2  # after one update of warm-up
+        for group in optimizer.param_groups:
+            group["lr"] = 1.0 * 8 / 256 * cosine
+        optimizer.step()
+    trained = torch.load(tmp_path / "out" / "last.pt")["model"]
+    for name, value in model.state_dict().items():
+        assert torch.allclose(value, trained[name], atol=1e-5), name
+    assert record["train_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
-    def spy_optimizer(args, model):
-        optimizer = make_optimizer(args, model)
-        zero_grad, update = optimizer.zero_grad, optimizer.step
-        optimizer.zero_grad = lambda: (calls.append("zero_grad"), zero_grad())
-        optimizer.step = lambda: (calls.append(optimizer.param_groups[0]["lr"]), update())
-        return optimizer
 
-    def spy_loss(logits, y, label_smoothing=0.0, **more):
-        calls.append(f"smoothing {label_smoothing}")
-        return cross_entropy(logits, y, label_smoothing=label_smoothing, **more)
+@pytest.mark.parametrize(("gib", "n"), [(16, 4), (24, 2), (40, 2), (80, 1)])
+def test_the_default_minibatch_fits_into_the_memory(step, monkeypatch, gib, n):
+    def properties(device):
+        return types.SimpleNamespace(total_memory=gib * 2**30)
 
-    monkeypatch.setattr(step, "make_optimizer", spy_optimizer)
-    monkeypatch.setattr(step.F, "cross_entropy", spy_loss)
-    args = flags(step, tree, tmp_path, "--eval_interval", "9")
-    step.train(args)
-    rates = [step.schedule(args, i) for i in range(6)]
-    updates = [call for rate in rates for call in ("smoothing 0.1", "zero_grad", rate)]
-    two_batches = ["smoothing 0.0"] * 2  # of the evaluations before and after
-    assert calls == [*two_batches, *updates, *two_batches]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert step.count_micro_batches(step.parse_args([]), gpu) == n
+    assert step.count_micro_batches(step.parse_args(["--batch_size", "64"]), gpu) == 1
+    assert step.count_micro_batches(step.parse_args(["--n_micro_batches", "8"]), gpu) == 8
+    assert step.count_micro_batches(step.parse_args([]), cpu) == 1
+
+
+def test_activations_of_resnet50_take_the_memory_that_is_assumed(step):
+    """What autograd stores for backward: 27 MB per image of 176 pixels, here of 88 pixels."""
+    model, stored = step.ResNet(50, 1000).to(memory_format=torch.channels_last), {}
+    known = {t.untyped_storage().data_ptr() for t in model.state_dict().values()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            stored[storage.data_ptr()] = (storage.nbytes(), tensor)  # alive, or it may be reused
+        return tensor
+
+    bfloat16 = torch.autocast("cpu", torch.bfloat16)
+    with bfloat16, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(torch.rand(8, 3, 88, 88).to(memory_format=torch.channels_last))
+    # The weights are cast once, whatever the number of images: 2 bytes for each of 25.6 million.
+    per_image = (sum(n for n, _ in stored.values()) - 51e6) / 8
+    assert per_image * 4 == pytest.approx(27e6, rel=0.1)
 
 
 def metrics(out_dir):
