@@ -1021,6 +1021,9 @@ def parse_args(argv=None):
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.set_defaults(**DEFAULTS[args.device])
+    if args.device == "cuda" and torch.cuda.is_available():
+        if torch.cuda.get_device_properties(0).total_memory < 30e9:  # 30 sequences may not fit
+            parser.set_defaults(batch_size=15)
     args = argparse.Namespace(**vars(parser.parse_args(argv)) | {"device": args.device})
     args.cache_dir = args.cache_dir or args.data_dir / "cache" / args.dataset
     if not args.prompt:

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -690,13 +691,17 @@ def test_a_batch_that_does_not_divide_gets_a_suggestion(world_size, expected):
         assert step.count_micro_batches(args) > 0
 
 
+@pytest.mark.parametrize(("gib", "batch_size"), [(16, 15), (24, 15), (40, 30), (80, 30)])
 @pytest.mark.parametrize("processes", [1, 2, 4, 8, 16])
-def test_the_defaults_fit_the_usual_numbers_of_gpus(processes, monkeypatch):
+def test_the_defaults_fit_the_usual_gpus(processes, gib, batch_size, monkeypatch):
+    memory = types.SimpleNamespace(total_memory=gib * 2**30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
     args = step.parse_args([])
-    assert args.device == "cuda"
-    assert args.total_batch_tokens % (args.batch_size * args.block_size * processes) == 0
-    assert args.vocab_size % 64 == 0
+    args.world_size = processes
+    assert args.batch_size == batch_size and args.vocab_size % 64 == 0
+    assert step.count_micro_batches(args) * batch_size * processes == 480
+    assert step.parse_args(["--batch_size", "8"]).batch_size == 8
 
 
 def kill(data, out_dir, *flags, restarts=0):
