@@ -4,7 +4,6 @@ For every step a reference repeats its training on the same data and minibatches
 in closed form or from PyTorch. A `train` that leaves out an idea of the step has another curve.
 """
 
-import json
 import math
 
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from runs import check_number, watched_run
 from steps import load_step
 from torch.utils.data import TensorDataset
 
@@ -19,7 +19,8 @@ step_01, step_02, step_03 = load_step("01"), load_step("02"), load_step("03")
 step_04, step_05, step_06 = load_step("04"), load_step("05"), load_step("06")
 REGRESSION = [step_01, step_02, step_03]
 MLPS = [step_05, step_06]
-SHORT = "--n_examples 2000 --max_iters 40 --eval_interval 1".split()
+STEPS = [*REGRESSION, step_04, *MLPS]
+SHORT = "--n_examples 2000 --max_iters 40 --eval_interval 3 --batch_size 64".split()
 
 
 def name(step):
@@ -28,21 +29,25 @@ def name(step):
 
 def run(step, out_dir, *flags):
     """Run a step; return its arguments and the records of metrics.jsonl."""
-    args = step.parse_args([*SHORT, *flags, "--out_dir", str(out_dir)])
-    final = step.train(args)
-    records = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
-    assert final == records[-1]
-    assert [record["iter"] for record in records] == list(range(args.max_iters + 1))
-    return args, records
+    return watched_run(step, *SHORT, *flags, "--out_dir", out_dir)
 
 
 def curve(records, key="train_loss"):
     return [record[key] for record in records]
 
 
-def assert_falls(losses):
+def evaluated(args, values):
+    """Return those of values, one per iteration, that a run records."""
+    return [
+        *values[:: args.eval_interval],
+        *values[-1:] * (args.max_iters % args.eval_interval > 0),
+    ]
+
+
+def assert_falls(losses, start=None):
     """A curve that is compared with another must go down, or equality would say little."""
     assert losses[-1] < 0.9 * losses[0]
+    assert losses[0] == pytest.approx(start or losses[0], rel=1e-5)
 
 
 # ---------- the ideas of each step's training ----------
@@ -70,16 +75,17 @@ def descend_regression(step, args):
 
 @pytest.mark.parametrize("step", REGRESSION, ids=name)
 def test_every_update_goes_against_the_gradient_of_a_new_minibatch(step, tmp_path):
-    args, records = run(step, tmp_path, "--batch_size", "64")
-    expected = descend_regression(step, args)
+    args, records = run(step, tmp_path, "--noise", "0.7", "--seed", "5")
+    expected = evaluated(args, descend_regression(step, args))
     assert_falls(curve(records))
+    assert curve(records, "noise_variance") == pytest.approx([0.49] * len(records))
     assert set(records[0]) == {"iter", "seconds", "train_loss", "noise_variance", "param_error"}
     for key in ("train_loss", "param_error"):
         assert curve(records, key) == pytest.approx(curve(expected, key), rel=1e-4)
 
 
 def test_04_every_update_uses_the_gradient_p_minus_onehot(tmp_path):
-    args, records = run(step_04, tmp_path, "--batch_size", "64", "--learning_rate", "0.5")
+    args, records = run(step_04, tmp_path, "--learning_rate", "0.5", "--n_inputs", "6")
     rng = np.random.default_rng(args.seed)
     x_train, y_train, entropy = step_04.load_data(args, rng)
     batches = step_04.minibatches(x_train, y_train, args.batch_size, rng)
@@ -90,9 +96,9 @@ def test_04_every_update_uses_the_gradient_p_minus_onehot(tmp_path):
         d_logits = ((x @ w + b).softmax(1) - F.one_hot(y, args.n_classes)) / len(y)
         w = w - args.learning_rate * x.T @ d_logits
         b = b - args.learning_rate * d_logits.sum(0)
-    assert_falls(curve(records))
+    assert_falls(curve(records), math.log(10))  # at first all classes are equally likely
     assert set(records[0]) == {"iter", "seconds", "train_loss", "entropy"}
-    assert curve(records) == pytest.approx(expected, rel=1e-4)
+    assert curve(records) == pytest.approx(evaluated(args, expected), rel=1e-4)
     assert curve(records, "entropy") == [entropy] * len(records)
 
 
@@ -120,7 +126,7 @@ def as_modules(params):
     return nn.Sequential(*layers[:-1])
 
 
-MLP_FLAGS = "--batch_size 64 --n_hidden 32 --learning_rate 0.5".split()
+MLP_FLAGS = "--n_hidden 32 --n_layer 3 --n_classes 4 --learning_rate 0.4".split()
 
 
 def test_05_trains_the_mlp_and_the_linear_model_alongside(tmp_path):
@@ -128,10 +134,10 @@ def test_05_trains_the_mlp_and_the_linear_model_alongside(tmp_path):
     rng = np.random.default_rng(args.seed)
     x_train, y_train, entropy = step_05.load_data(args, rng)
     batches = step_05.minibatches(x_train, y_train, args.batch_size, rng)
-    models = [as_modules(step_05.init_params(args, n_layer, rng)) for n_layer in (2, 0)]
-    assert [len(list(model.parameters())) for model in models] == [6, 2]
+    models = [as_modules(step_05.init_params(args, n_layer, rng)) for n_layer in (3, 0)]
+    assert [len(list(model.parameters())) for model in models] == [8, 2]
     mlp, linear = train_mlps(models, batches, x_train, y_train, args)
-    check_mlp_records(records, mlp, linear, entropy)
+    check_mlp_records(records, evaluated(args, mlp), evaluated(args, linear), entropy)
 
 
 def test_06_trains_the_mlp_and_the_linear_model_alongside(tmp_path):
@@ -140,15 +146,15 @@ def test_06_trains_the_mlp_and_the_linear_model_alongside(tmp_path):
     x_train, y_train, entropy = step_06.load_data(args, np.random.default_rng(args.seed))
     batches = step_06.minibatches(TensorDataset(x_train, y_train), args.batch_size)
     sizes = args.n_inputs, args.n_hidden
-    models = [step_06.MLP(*sizes, n_layer, args.n_classes) for n_layer in (2, 0)]
+    models = [step_06.MLP(*sizes, n_layer, args.n_classes) for n_layer in (3, 0)]
     mlp, linear = train_mlps(models, batches, x_train, y_train, args)
-    check_mlp_records(records, mlp, linear, entropy)
+    check_mlp_records(records, evaluated(args, mlp), evaluated(args, linear), entropy)
 
 
 def check_mlp_records(records, mlp, linear, entropy):
     assert set(records[0]) == {"iter", "seconds", "train_loss", "linear_loss", "entropy"}
-    assert_falls(mlp)
-    assert_falls(linear)
+    assert_falls(mlp, math.log(4))  # at first all of the four classes are equally likely
+    assert_falls(linear, math.log(4))
     assert curve(records) == pytest.approx(mlp, rel=1e-4)
     assert curve(records, "linear_loss") == pytest.approx(linear, rel=1e-4)
     assert curve(records, "entropy") == [entropy] * len(records)
@@ -169,13 +175,59 @@ def test_an_evaluation_builds_no_computation_graph(step, tmp_path, monkeypatch):
     assert set(calls) == {(True, False), (False, True)}
 
 
+# ---------- data ----------
+
+
+def reference_data(step, args):
+    """Return x, y and what the step returns with them, from numpy."""
+    rng, n = np.random.default_rng(args.seed), args.n_examples
+    if step in REGRESSION:
+        shape = (args.n_inputs,) if step is step_03 else ()
+        teacher = {"w": 3 * rng.normal(size=shape), "b": 3 * rng.normal()}
+        x = rng.normal(size=(n, *shape))
+        y = (x * teacher["w"]).reshape(n, -1).sum(1) + teacher["b"]
+        return x, y + args.noise * rng.normal(size=n), teacher
+    if step is step_04:
+        w, x = rng.normal(size=(args.n_inputs, args.n_classes)), rng.normal(size=(n, args.n_inputs))
+        z = x @ w
+    else:
+        x = rng.normal(size=(n, args.n_inputs))
+        z = np.sin(x @ rng.normal(size=(args.n_inputs, 8)) / 2)
+        z = 3 * z @ rng.normal(size=(8, args.n_classes))
+    p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
+    return x, (np.log(p) + rng.gumbel(size=p.shape)).argmax(1), -(p * np.log(p)).sum(1).mean()
+
+
+@pytest.mark.parametrize("step", STEPS, ids=name)
+def test_the_data_are_those_of_the_teacher(step):
+    sizes = ["--n_inputs", "4"] if step not in (step_01, step_02) else []
+    sizes += ["--noise", "0.7"] if step in REGRESSION else ["--n_classes", "3"]
+    args = step.parse_args(["--n_examples", "600", *sizes])
+    x, y, known = step.load_data(args, np.random.default_rng(args.seed))
+    *expected, teacher = reference_data(step, args)
+    pairs = [*zip((x, y), expected)]
+    if step in REGRESSION:
+        assert known.keys() == teacher.keys()
+        pairs += [(known[key], teacher[key]) for key in teacher]
+    else:
+        assert known == pytest.approx(teacher, rel=1e-9)  # the entropy
+    for ours, theirs in pairs:
+        assert np.shape(ours) == np.shape(theirs)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("step", STEPS, ids=name)
+def test_limits_of_numbers_are_inclusive(step):
+    check_number(step.number)
+
+
 # ---------- minibatches ----------
 
 
 @pytest.mark.parametrize(
     ("batch_size", "sizes"), [(5, [5, 5]), (4, [4, 4, 2]), (10, [10]), (25, [10])]
 )
-@pytest.mark.parametrize("step", [step_01, step_02, step_06], ids=name)
+@pytest.mark.parametrize("step", STEPS, ids=name)
 def test_every_epoch_shows_each_example_once_with_its_own_label(step, batch_size, sizes):
     if step is step_06:
         x = torch.arange(10)
@@ -264,13 +316,6 @@ def test_loss_is_cross_entropy_also_at_huge_logits(step, scale):
 
 
 @pytest.mark.parametrize("step", [step_04, step_05, step_06], ids=name)
-def test_first_loss_is_log_of_the_classes(step, tmp_path):
-    first = run(step, tmp_path, "--n_classes", "7", "--max_iters", "1")[1][0]
-    assert first["train_loss"] == pytest.approx(math.log(7), rel=1e-5)
-    assert first.get("linear_loss", math.log(7)) == pytest.approx(math.log(7), rel=1e-5)
-
-
-@pytest.mark.parametrize("step", [step_04, step_05, step_06], ids=name)
 def test_labels_are_samples_of_the_teachers_distribution(step):
     """With one input there are few enough places to count: the labels' entropy is the teacher's."""
     args = step.parse_args(["--n_inputs", "1", "--n_classes", "3"])
@@ -338,20 +383,11 @@ def test_hidden_weights_have_variance_2_over_n_and_all_else_is_zero(step):
 
 
 @pytest.mark.parametrize("step", MLPS, ids=name)
-def test_hidden_layers_come_three_times_closer_than_the_linear_model(step, tmp_path, capsys):
-    final = step.train(step.parse_args(["--out_dir", str(tmp_path), "--eval_interval", "1000"]))
+def test_hidden_layers_come_three_times_closer_than_the_linear_model(step, tmp_path):
+    flags = "--n_examples 5000 --max_iters 700 --n_hidden 64 --learning_rate 0.3".split()
+    final = run(step, tmp_path, *flags, "--eval_interval", "700")[1][-1]
     linear, mlp = (final[key] - final["entropy"] for key in ("linear_loss", "train_loss"))
     assert 0 < 3 * mlp < linear
-    printed = capsys.readouterr().out
-    assert f" {mlp:.4f}" in printed and f" {linear:.4f}" in printed
-
-
-def test_06_has_05s_data():
-    args = step_05.parse_args(["--n_examples", "1000"])
-    x, y, entropy = step_05.load_data(args, np.random.default_rng(0))
-    same = step_06.load_data(args, np.random.default_rng(0))
-    assert torch.equal(same[0], x) and torch.equal(same[1], y)
-    assert same[2] == pytest.approx(entropy)
 
 
 def test_06_with_05s_weights_has_05s_logits_and_gradients():
