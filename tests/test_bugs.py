@@ -6,12 +6,15 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 
 import pytest
-from steps import ROOT, STEPS, source
+import standins as standins_script
+import torch
+from steps import ROOT, STEPS, load_step, source
 
 FOLDER = ROOT / "electives" / "debugging"
 SLOW_IMPORTS = ["matplotlib.pyplot", "optax", "pytest", "tiktoken", "torch.distributed.fsdp"]
@@ -66,6 +69,19 @@ def test_a_bug_has_all_that_a_player_reads(bug):
     assert re.sub(r"\[.*", "", test) in functions(file)
     for flag in re.findall(r"--(\w+)", bug.flags):
         assert f'"--{flag}"' in source(bug.step)
+
+
+# ---------- ideas that the steps' own tests do not name ----------
+
+
+def test_09_dropout_is_on_in_training_only():
+    torch.manual_seed(0)
+    model = load_step("09").ConvNet(10, dropout=0.5)
+    torch.nn.init.normal_(model.out.weight)
+    x = torch.randn(2, 1, 28, 28)
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
 
 
 # ---------- play.py ----------
@@ -170,22 +186,23 @@ def test_mistakes_are_one_line_and_nothing_is_lost(checkout, tmp_path):
 # ---------- proof ----------
 
 
-def run_pytest(argv, env, log):
+def run_pytest(argv, env, data, log):
     """Run pytest in this new process, on the copy that env names; its exit code is pytest's."""
     os.environ |= env
     os.chdir(ROOT)
+    standins_script.main = lambda argv: shutil.copytree(data, argv[0], dirs_exist_ok=True)  # faster
     with open(log, "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *argv]))
 
 
-def run_tests(tests, folder, **env):
-    """Run tests in a process of its own; return {test: None or the reason why it failed}."""
+def run_tests(tests, folder, data, **env):
+    """Run tests in a process of its own, with the stand-ins in data; return {test: None or why}."""
     context = multiprocessing.get_context("forkserver")  # which imports what takes long only once
     context.set_forkserver_preload(SLOW_IMPORTS)
     argv = [*tests, f"--junitxml={folder / 'report.xml'}", f"--basetemp={folder / 'tests'}"]
-    process = context.Process(target=run_pytest, args=(argv, env, folder / "log"))
+    process = context.Process(target=run_pytest, args=(argv, env, data, folder / "log"))
     process.start()
     process.join()
     assert process.exitcode in (0, 1), (folder / "log").read_text()[-3000:]
@@ -200,23 +217,23 @@ def run_tests(tests, folder, **env):
 
 
 @pytest.fixture(scope="module")
-def healthy(request, tmp_path_factory):
+def healthy(request, tmp_path_factory, standins):
     """What becomes of the named tests of all bugs under test on the steps as they are."""
     bugs = [item.callspec.params["bug"] for item in request.session.items
             if item.originalname == "test_a_planted_bug_runs_and_is_caught"]  # fmt: skip
     tests = dict.fromkeys(f"tests/{bug.test}" for bug in bugs)
-    return run_tests(tests, tmp_path_factory.mktemp("healthy"))
+    return run_tests(tests, tmp_path_factory.mktemp("healthy"), standins)
 
 
 @pytest.mark.bugs
 @pytest.mark.parametrize("bug", BUGS, ids=name)
-def test_a_planted_bug_runs_and_is_caught(bug, healthy, tmp_path):
+def test_a_planted_bug_runs_and_is_caught(bug, healthy, standins, tmp_path):
     test = f"tests/{bug.test}"
     smoke = f"tests/test_smoke.py::test_tiny_run_leaves_what_it_should[{bug.step}]"
     assert healthy[test] is None
     play.plant(bug, tmp_path / "copy")
     copy = {f"STEP_{bug.step[:2]}": str(tmp_path / "copy")}
-    found = run_tests([smoke, test], tmp_path, **copy)
+    found = run_tests([smoke, test], tmp_path, standins, **copy)
     assert found[smoke] is None  # a bug that is seen at once teaches little
     assert re.match("assert|AssertionError|Failed", found[test] or "nothing failed")
 

@@ -470,7 +470,9 @@ BUGS = [
         original="    model.eval()  # no dropout\n",
         planted="",
         flags="--max_iters 300 --eval_interval 300",
-        symptom="S",
+        symptom="After 300 iterations the test accuracy is 93.6% instead of 95.6%, and the"
+        " training accuracy 93.8% instead of 96.0%. Every evaluation of one and the same"
+        " model gives a slightly other loss. I trained exactly as the step does.",
         hints=[
             "Call evaluate twice on the same model: is the loss the same?",
             "Which layers behave differently in training and in evaluation, and what tells them?",
@@ -486,7 +488,9 @@ BUGS = [
         original="    model.train()\n    accuracy",
         planted="    accuracy",
         flags="--max_iters 300 --eval_interval 300",
-        symptom="S",
+        symptom="--dropout has no effect at all: every run gives the same losses, whatever its"
+        " value. After 300 iterations the training loss is 0.117, lower than the 0.136"
+        " that dropout leads to; so it will overfit sooner, too.",
         hints=[
             "Compare with --dropout 0: is there a difference at all?",
             "In which mode is the model when evaluate has returned?",
@@ -503,7 +507,9 @@ BUGS = [
         planted="    (x, y), test = datasets\n"
         "    return [TensorDataset((x - mean) / std, y), TensorDataset(*test)]",
         flags="--max_iters 300 --eval_interval 300",
-        symptom="S",
+        symptom="The training loss after 300 iterations is right (0.136), but the test loss is"
+        " 0.729 instead of 0.148, and the test accuracy 93.1% instead of 95.6%. That is"
+        " a lot of overfitting for so few iterations. Or is it overfitting?",
         hints=[
             "Overfitting, or other data? Evaluate the training images as if they were test images.",
             "Print the mean and the standard deviation of the pixels in both data sets.",
@@ -519,7 +525,8 @@ BUGS = [
         original="    accuracy = (logits.argmax(dim=1) == y).float()",
         planted="    accuracy = (logits.argmax(dim=1) == y[:, None]).float()",
         flags="--max_iters 300 --eval_interval 300",
-        symptom="S",
+        symptom="The loss falls as it should, from 2.30 to 0.136, but both accuracies stay at"
+        " 10.0%, on training and on test images: as if the model chose at random.",
         hints=[
             "The loss says that the model learns. Compute the accuracy by hand for five images.",
             "Print the shape of the comparison whose mean is taken.",
@@ -536,7 +543,9 @@ BUGS = [
         original="        params, self.state = self.update(params, grads, self.state)",
         planted="        params, _ = self.update(params, grads, self.state)",
         flags="--max_iters 300 --eval_interval 300",
-        symptom="S",
+        symptom="The loss is 2.3026 = log(10) at every evaluation. Nothing is learned at all,"
+        " although gradients arrive, and the learning rate that is recorded rises and"
+        " falls as it should.",
         hints=[
             "Print the first weight before and after an update. Then print optimizer.state.",
             "An optax optimizer is a pure function: where does its next state go?",
@@ -552,7 +561,8 @@ BUGS = [
         original="            p.data = torch.from_dlpack(new)",
         planted="            p = torch.from_dlpack(new)",
         flags="--max_iters 300 --eval_interval 300",
-        symptom="S",
+        symptom="The loss is 2.3026 = log(10) at every evaluation, with any learning rate, with"
+        " any transformation of optax that I put in the place of Adam.",
         hints=[
             "The updates are computed. Do they arrive in the model?",
             "In Python, what does an assignment to the variable of a for loop change?",
@@ -567,7 +577,9 @@ BUGS = [
         original="(0, args.learning_rate, warmup, args.max_iters)",
         planted="(0, args.learning_rate, warmup, 10 * args.max_iters)",
         flags="--max_iters 300 --eval_interval 300",
-        symptom="S",
+        symptom="After 300 iterations the test loss is 0.166 instead of 0.126. The learning"
+        " rate in metrics.jsonl is 0.0020 at the end, still the peak, where I expected"
+        " 0.",
         hints=[
             "Draw the learning rate that the run records. Is it what the docstring promises?",
             "When does the cosine reach 0?",
@@ -582,7 +594,8 @@ BUGS = [
         original="        optimizer.zero_grad()\n",
         planted="",
         flags="--max_iters 300 --eval_interval 300",
-        symptom="S",
+        symptom="After 300 iterations the loss is 1.94 instead of 0.120, and the accuracy 29%"
+        " instead of 96%. Adam is known to be robust, so why not here?",
         hints=[
             "Print the gradient norm in every iteration: does it behave as the loss does?",
             "What does backward do with a gradient that is there already?",
@@ -620,7 +633,7 @@ BUGS = [
         ],
         lesson="F.dropout is a function: it does not know the mode of the model, and drops units"
         " unless it is told training=False. The module nn.Dropout follows model.eval().",
-        test=MNIST + "test_09_is_two_convolutions_with_pooling_then_two_linear_layers",
+        test="test_bugs.py::test_09_dropout_is_on_in_training_only",
     ),
     Bug(
         step="09_mnist_convnet",
@@ -730,7 +743,7 @@ BUGS = [
         ],
         lesson="A test result that equals the training result was measured on the training data:"
         " it says nothing about generalization.",
-        test=MNIST + "test_test_data_are_never_trained_on[step_10_mnist_resnet]",
+        test=MNIST + "test_training_is_that_of_pytorchs_optimizer[step_10_mnist_resnet]",
     ),
     # ---------- 11_shakespeare_ffn ----------
     Bug(
@@ -846,7 +859,8 @@ BUGS = [
         ],
         lesson="Whatever draws from the global generator changes all random numbers after it: what"
         " only watches the training needs a generator of its own.",
-        test=WORDS + "test_sampling_does_not_disturb_training",
+        test=WORDS
+        + "test_training_is_adamw_with_warm_up_cosine_and_decay_of_matrices[12_sampling]",
     ),
     Bug(
         step="12_sampling",
@@ -861,7 +875,8 @@ BUGS = [
         ],
         lesson="Sampling switches to evaluation mode and has to switch back: else everything that"
         " comes after the first sample is trained without dropout.",
-        test=WORDS + "test_dropout_is_on_in_training_only[12_sampling]",
+        test=WORDS
+        + "test_training_is_adamw_with_warm_up_cosine_and_decay_of_matrices[12_sampling]",
     ),
     Bug(
         step="12_sampling",
