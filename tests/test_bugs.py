@@ -180,7 +180,7 @@ def test_mistakes_are_one_line_and_nothing_is_lost(checkout, tmp_path):
     assert "no copy that play.py made" in error_of("01", "--overwrite")
     (mine.parent / play.STATE).write_text("{")
     assert "damaged" in error_of("01", "--hint")
-    assert [path.name for path in mine.parent.iterdir()] == ["notes.txt", play.STATE]
+    assert {path.name for path in mine.parent.iterdir()} == {"notes.txt", play.STATE}
 
 
 # ---------- proof ----------
