@@ -807,7 +807,8 @@ BUGS = [
         '    return {f"{name}_loss": loss / math.ceil(len(dataset) / 512)}',
         flags="--n_embd 32 --n_hidden 64 --max_iters 200 --eval_interval 100",
         symptom="The test loss changes a little when I change the 512 in evaluate, which is"
-        " only there to save memory. Is that rounding?",
+        " only there to save memory: after 200 iterations it is 5.0693, where others get"
+        " 5.0685. Is that rounding?",
         hints=[
             "How many words are there in each chunk of the evaluation, and how many in the last?",
             "What is the weight of a single word in the mean, in the first chunk and in the last?",
@@ -823,9 +824,9 @@ BUGS = [
         original="    matrices = [p.ndim == 2 for p in model.parameters()]",
         planted="    matrices = [p.ndim > 0 for p in model.parameters()]",
         flags="--n_embd 32 --n_hidden 64 --max_iters 200 --eval_interval 100",
-        symptom="The curves look as they should, but the losses end higher than the published"
-        " ones. The more weight decay I use, the more the model forgets how often each"
-        " word occurs.",
+        symptom="The losses end higher than they should: after 200 iterations the test loss is"
+        " 5.086 instead of 5.069. The more weight decay I use, the more the model seems"
+        " to forget how often each word occurs.",
         hints=[
             "Compare with --weight_decay 0: whom does the decay help, and whom does it hurt?",
             "The output bias starts at the log frequencies of the words. What is it at the end?",
@@ -926,8 +927,9 @@ BUGS = [
         original=".tril()  # position t sees",
         planted=".tril(1)  # position t sees",
         flags="--n_embd 32 --n_layer 1 --max_iters 200 --eval_interval 100",
-        symptom="The test loss falls below that of every published model. But the samples are"
-        " as poor as after a minute of training.",
+        symptom="After 200 iterations the test loss is 3.41 instead of 5.04, and it is about to"
+        " fall below that of every published model. But the samples are little more than"
+        " empty lines.",
         hints=[
             "Change the last word of a window: which logits change?",
             "Print the mask for T = 4. What is at position t + 1 of the window?",
@@ -1009,7 +1011,7 @@ BUGS = [
         name="images shuffled, their labels not",
         original="y[chunk].split(args.batch_size))",
         planted="y.split(args.batch_size))",
-        flags="--max_iters 60 --n_channel 8",
+        flags="--max_iters 60 --n_channel 4",
         symptom="The loss stays at 2.30 and the accuracy at about 10%: nothing is learned. I"
         " looked at the images and at the labels, and both are fine.",
         hints=[
@@ -1026,7 +1028,7 @@ BUGS = [
         name="another range of pixels in evaluation",
         original="    chunks = [normalize(chunk / 255, stats) for chunk in x.split(1000)]",
         planted="    chunks = [normalize(chunk, stats) for chunk in x.split(1000)]",
-        flags="--max_iters 60 --n_channel 8",
+        flags="--max_iters 60 --n_channel 4",
         symptom="Both accuracies are far below what the falling loss of the minibatches lets me"
         " expect, on the training images just as on the test images.",
         hints=[
@@ -1044,7 +1046,7 @@ BUGS = [
         name="a sum where a mean was meant",
         original="    logits /= len(VIEWS)  # (N, C)\n",
         planted="",
-        flags="--max_iters 60 --n_channel 8",
+        flags="--max_iters 60 --n_channel 4",
         symptom="The accuracy is as good as it should be, but the loss is much too high, and"
         " the better the model gets, the stranger it looks: a few errors cost an"
         " enormous loss.",
@@ -1062,7 +1064,7 @@ BUGS = [
         original='        clock.mark("update")\n',
         planted='        clock.mark("update")\n'
         '        bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)\n',
-        flags="--max_iters 60 --n_channel 8",
+        flags="--max_iters 60 --n_channel 4",
         symptom="On a GPU the run takes longer than it should. The table of times looks"
         " harmless, and the metrics are right in every digit. On a CPU I see no"
         " difference.",
@@ -1079,7 +1081,7 @@ BUGS = [
         name="no reshuffling",
         original="    while True:\n        order = torch.randperm(len(x), device=x.device)[:n]\n",
         planted="    order = torch.randperm(len(x), device=x.device)[:n]\n    while True:\n",
-        flags="--max_iters 60 --n_channel 8",
+        flags="--max_iters 60 --n_channel 4",
         symptom="The metrics look normal. But I printed the labels of the minibatches, and they"
         " repeat in every epoch; and some training images are never used at all.",
         hints=[
@@ -1297,8 +1299,9 @@ BUGS = [
         original=" // args.block_size + args.rank * args.batch_size",
         planted=" // args.block_size",
         flags="",
-        symptom="On two GPUs an update takes twice as many tokens per second, but the loss per"
-        " update is no better than that of one process with half of the batch.",
+        symptom="On two GPUs (torchrun --standalone --nproc_per_node=2) it trains on twice as"
+        " many tokens per second, but the loss per update is no better than that of one"
+        " process with half of the batch.",
         hints=[
             "Print the first token of every micro-batch in both processes.",
             "On what does the place of a process in the data depend?",

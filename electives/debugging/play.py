@@ -13,6 +13,7 @@ if __name__ == "__main__":  # Ctrl-C ends the run with exit code 130, also durin
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
+import contextlib
 import difflib
 import json
 import random
@@ -20,6 +21,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import textwrap
 from pathlib import Path
 
 from bugs import BUGS
@@ -51,10 +53,10 @@ def planted_source(bug):
 
 
 def plant(bug, folder):
-    """Copy the bug's step to a new folder, without what runs left there, and plant the bug."""
+    """Copy the bug's step to a folder, without what runs left there, and plant the bug."""
     source = planted_source(bug)
     leave = shutil.ignore_patterns("out", "cache", "__pycache__", ".*")
-    shutil.copytree(ROOT / bug.step, folder, ignore=leave)
+    shutil.copytree(ROOT / bug.step, folder, ignore=leave, dirs_exist_ok=True)
     (folder / "train.py").write_text(source, encoding="utf-8")
 
 
@@ -68,6 +70,10 @@ def read_state(folder):
         raise OSError(f"{problem} makes one, --dir says where") from error
     except (LookupError, TypeError, ValueError) as error:
         raise OSError(f"{folder / STATE} is damaged; --overwrite begins anew") from error
+
+
+def write_state(folder, state):
+    (folder / STATE).write_text(json.dumps(state))
 
 
 def shown(path):
@@ -86,15 +92,16 @@ def start(args):
             raise OSError(problem)
         if not (args.dir / STATE).is_file():  # it may be anything: --dir ~ is quickly typed
             raise OSError(f"--overwrite: {args.dir} holds no copy that play.py made")
-        state = (args.dir / STATE).read_text()
-        numbers = [n for n in numbers if f'"bug": {n},' not in state]  # another bug than before
+        with contextlib.suppress(OSError, ValueError):  # another bug than before
+            numbers.remove(read_state(args.dir)[1]["bug"])
     number = args.bug or random.Random(args.seed).choice(numbers)
     bug = bugs_of(args.step)[number - 1]
     planted_source(bug)  # an error here costs no earlier copy
     if args.dir.exists():
         shutil.rmtree(args.dir)
-    plant(bug, args.dir)
+    args.dir.mkdir(parents=True)
     write_state(args.dir, {"step": args.step, "bug": number, "hints": 0})
+    plant(bug, args.dir)
 
     flags = f" {bug.flags}" if bug.flags else ""
     if '"--data_dir"' in planted_source(bug) and "DATA_DIR" not in os.environ:
@@ -110,18 +117,9 @@ def start(args):
     print(f"Give up?       {play} --solution")
 
 
-def write_state(folder, state):
-    (folder / STATE).write_text(json.dumps(state))
-
-
 def wrapped(text):
-    """Return a text in lines of at most 80 characters, indented."""
-    words, lines = text.split(), ["   "]
-    for word in words:
-        if len(lines[-1]) + len(word) >= 80:
-            lines.append("   ")
-        lines[-1] += f" {word}"
-    return "\n".join(lines)
+    """Return a text in indented lines."""
+    return textwrap.indent(textwrap.fill(text, 80, break_on_hyphens=False), "    ")
 
 
 def hint(args):
