@@ -44,6 +44,10 @@ TINY = {
     " --max_iters 6 --eval_interval 3 --max_new_tokens 10",
     "17_gpt2_multigpu": "--n_layer 2 --n_head 2 --n_embd 16 --block_size 16 --batch_size 2"
     " --total_batch_tokens 64 --max_iters 4 --eval_interval 2 --max_new_tokens 5",
+    "electives/classify_text": "--max_iters 6 --eval_interval 3 --batch_size 8 --n_embd 16"
+    " --warmup_iters 2 --penalties 1e-4",
+    "electives/critical_batch": "--target 0.1 --n_seeds 1 --batch_sizes 16 64 --learning_rates 0.1"
+    " --max_iters 4 --eval_interval 2",
     "electives/dropout": "--max_iters 6 --eval_interval 3 --batch_size 32 --n_hidden 16"
     " --n_train 100 --n_seeds 2",
     "electives/induction": "--max_iters 6 --eval_interval 3 --batch_size 8 --n_embd 16"
@@ -52,6 +56,7 @@ TINY = {
     " --block_size 8 --max_new_tokens 10",
     "electives/made": "--max_iters 6 --eval_interval 3 --batch_size 32 --n_hidden 16"
     " --warmup_iters 2",
+    "electives/scaling_laws": "--max_iters 64 --batch_size 4 --n_seeds 1 --growth 1",
     "electives/vae": "--max_iters 6 --eval_interval 3 --batch_size 32 --n_hidden 16"
     " --warmup_iters 2 --eval_k 5",
     "electives/vpg": "--max_iters 6 --eval_interval 3 --n_envs 4 --n_frames 64 --n_hidden 16"

@@ -1,0 +1,456 @@
+"""Elective critical_batch: the noise scale is unbiased, the fit exact, and every run is counted."""
+
+import argparse
+import json
+import math
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from steps import load_step, run_main, tiny_flags
+
+NAME = "electives/critical_batch"
+cb = load_step(NAME)
+
+
+class Linear(nn.Module):
+    """A model that is fast, and whose gradients are all different from zero at first."""
+
+    def __init__(self, n_classes):
+        super().__init__()
+        self.out = nn.Linear(28 * 28, n_classes)
+
+    def forward(self, x):
+        return self.out(x.flatten(1) / 28)
+
+
+def tiny_args(data_dir, out_dir, *flags):
+    return cb.parse_args([*tiny_flags(NAME, data_dir, out_dir), *flags])
+
+
+def records(out_dir):
+    return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def data(standins):
+    return cb.load_data(cb.parse_args(["--data_dir", str(standins)]))
+
+
+# ---------- data ----------
+
+
+def test_minibatches_are_drawn_with_replacement_and_keep_their_labels():
+    torch.manual_seed(0)
+    dataset = cb.TensorDataset(torch.arange(10.0), torch.arange(10))
+    batches = cb.minibatches(dataset, 4000)
+    (x, y), (other, _) = next(batches), next(batches)
+    assert x.shape == y.shape == (4000,)
+    assert torch.equal(x.long(), y)
+    assert not torch.equal(x, other)
+    counts = torch.bincount(y, minlength=10)
+    assert (counts > 320).all() and (counts < 480).all()  # 400 are expected
+    repeated = (y[1:] == y[:-1]).float().mean().item()
+    assert repeated == pytest.approx(0.1, abs=0.03)  # which no shuffled epochs would have
+
+
+# ---------- the noise scale ----------
+
+
+@pytest.mark.parametrize(("n_small", "n_big"), [(1, 8), (4, 8), (10, 11)])
+def test_moments_are_unbiased_on_a_known_covariance(n_small, n_big):
+    """Many draws of a Gaussian gradient: the means are tr(Sigma) and |G|^2."""
+    torch.manual_seed(0)
+    G = torch.tensor([0.5, -1.0, 0.2, 0.0, 0.3], dtype=torch.float64)
+    root = torch.randn(5, 5, dtype=torch.float64)
+    trace, squared_norm = (root @ root.T).trace(), G @ G
+
+    def gradients(n):  # means over n examples
+        return G + torch.randn(40_000, 5, dtype=torch.float64) @ root.T / n**0.5
+
+    small, big = (gradients(n).square().sum(dim=1) for n in (n_small, n_big))
+    found = cb.noise_moments(small, big, n_small, n_big)
+    assert found.shape == (2, 40_000)
+    error = found.std(dim=1) / 200
+    assert ((found.mean(dim=1) - torch.stack([trace, squared_norm])).abs() < 4 * error).all()
+    assert (error < 0.06 * trace if n_small < 10 else error < trace).all()  # the test is sharp
+    # Without noise in the norms themselves, exactly.
+    exact = [squared_norm + trace / n for n in (n_small, n_big)]
+    expected = torch.stack([trace, squared_norm])
+    torch.testing.assert_close(cb.noise_moments(*exact, n_small, n_big), expected)
+
+
+def test_moments_of_two_halves_are_their_dot_product_and_their_distance():
+    torch.manual_seed(0)
+    g_1, g_2 = torch.randn(2, 30, dtype=torch.float64)
+    small = (g_1 @ g_1 + g_2 @ g_2) / 2
+    big = ((g_1 + g_2) / 2).square().sum()
+    expected = torch.stack([7 * (g_1 - g_2).square().sum() / 2, g_1 @ g_2])
+    torch.testing.assert_close(cb.noise_moments(small, big, 7, 14), expected)
+
+
+def per_example_gradients(model, x, y):
+    """Return the gradient of each example's own loss, (N, P), from torch.func."""
+    params = dict(model.named_parameters())
+
+    def loss(params, x, y):
+        return F.cross_entropy(torch.func.functional_call(model, params, x[None]), y[None])
+
+    grads = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(params, x, y)
+    return torch.cat([g.flatten(1) for g in grads.values()], dim=1)
+
+
+def test_gradient_is_the_mean_of_the_examples_gradients(data):
+    torch.manual_seed(0)
+    model = cb.ConvNet(10)
+    nn.init.normal_(model.out.weight)
+    x, y = data[0][:20]
+    expected = per_example_gradients(model, x, y).mean(dim=0)
+    torch.testing.assert_close(cb.gradient(model, x, y), expected, rtol=1e-3, atol=1e-4)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_train_measures_the_noise_scale_of_per_example_gradients(
+    data, standins, tmp_path, monkeypatch
+):
+    """With a learning rate of 0 the model stays as it is: its noise scale is known exactly."""
+    monkeypatch.setattr(cb, "ConvNet", Linear)
+    monkeypatch.setattr(cb, "search", lambda *_: ({32: 9.0, 1000: 8.0}, {1000: 0.0}))
+    flags = "--batch_sizes 32 1000 --max_iters 200 --eval_interval 200 --seed 5"
+    final = cb.train(tiny_args(standins, tmp_path, *flags.split()))
+    torch.manual_seed(5)
+    model = Linear(10)
+    grads = per_example_gradients(model, *data[0].tensors).double()
+    mean = grads.mean(dim=0)
+    exact = (grads - mean).square().sum(dim=1).mean() / mean.square().sum()
+    assert final["noise_scale"] == pytest.approx(exact.item(), rel=0.1)
+    assert final["mean_noise_scale"] == final["noise_scale"]
+
+
+def test_train_is_sgd_and_averages_the_moments_between_evaluations(
+    data, standins, tmp_path, monkeypatch
+):
+    """Replay the run of `train` by torch's SGD on whole minibatches, halves taken apart."""
+    models = []
+
+    class Kept(Linear):
+        def __init__(self, n_classes):
+            super().__init__(n_classes)
+            models.append(self)
+
+    monkeypatch.setattr(cb, "ConvNet", Kept)
+    monkeypatch.setattr(cb, "search", lambda *_: ({24: 8.0, 9: 10.0}, {24: 0.5, 9: 0.3}))
+    flags = "--batch_sizes 24 9 --max_iters 7 --eval_interval 3"
+    args = tiny_args(standins, tmp_path, *flags.split())
+    cb.train(args)
+    found = records(tmp_path)
+    assert [record["iter"] for record in found] == [0, 3, 6, 7]
+    assert "noise_scale" not in found[0]
+    trained = models[-1]
+    torch.manual_seed(args.seed)
+    model = Linear(10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    traces, dots, scales = [], [], []
+    for iter_num in range(1, 8):
+        halves = [data[0][torch.randint(len(data[0]), (12,))] for _ in range(2)]
+        grads = []
+        for x, y in halves:
+            loss = F.cross_entropy(model(x), y)
+            grads.append(torch.autograd.grad(loss, list(model.parameters())))
+        g_1, g_2 = (torch.cat([g.flatten() for g in grad]) for grad in grads)
+        traces.append(12 * (g_1 - g_2).square().sum().item() / 2)
+        dots.append((g_1 @ g_2).item())
+        x, y = (torch.cat(pair) for pair in zip(*halves))
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        if iter_num in (3, 6, 7):
+            record = found[1 + len(scales)]
+            scales.append(sum(traces) / sum(dots))
+            traces, dots = [], []
+            assert record["noise_scale"] == pytest.approx(scales[-1], rel=1e-3)
+            assert record["mean_noise_scale"] == pytest.approx(sum(scales) / len(scales), rel=1e-3)
+    torch.testing.assert_close(trained.out.weight, model.out.weight)
+    torch.testing.assert_close(trained.out.bias, model.out.bias)
+    for name, dataset in (("train", cb.TensorDataset(*data[0][:2000])), ("test", data[1])):
+        x, y = dataset.tensors
+        expected = F.cross_entropy(model(x), y).item()
+        assert found[-1][f"{name}_loss"] == pytest.approx(expected, rel=1e-3)
+
+
+# ---------- the trade ----------
+
+
+def test_fit_recovers_what_was_planted():
+    s_min, e_min = 137.0, 15_000.0
+    updates = {B: s_min + e_min / B for B in (16, 50, 128, 1000, 4096)}
+    assert cb.fit_trade(updates) == pytest.approx((s_min, e_min))
+    for B, S in updates.items():
+        assert (S / s_min - 1) * (B * S / e_min - 1) == pytest.approx(1)
+
+
+def test_fit_minimizes_the_relative_errors():
+    torch.manual_seed(0)
+    B = 2.0 ** torch.arange(4, 12, dtype=torch.float64)
+    S = (137 + 15_000 / B) * (1 + 0.1 * torch.randn(8, dtype=torch.float64))
+    fit = torch.tensor(cb.fit_trade(dict(zip(B.tolist(), S.tolist()))), dtype=torch.float64)
+
+    def error(fit):
+        return ((fit[0] + fit[1] / B) / S - 1).square().sum()
+
+    scaled = torch.func.grad(error)(fit) * fit  # by what it changes per relative change of the fit
+    assert scaled.abs().max() < 1e-8
+    assert fit.tolist() == pytest.approx([137, 15_000], rel=0.15)
+
+
+@pytest.mark.parametrize("updates", [{16: 32.0, 64: 8.0}, {16: 9.0, 64: 9.0}, {16: 3.0, 64: 7.0}])
+def test_updates_without_a_trade_are_an_error(updates):
+    with pytest.raises(argparse.ArgumentTypeError, match=r"--target.*--batch_sizes.*\{16: "):
+        cb.fit_trade(updates)
+
+
+def test_picture_shows_the_runs_the_fit_and_the_critical_batch_size(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(cb.Figure, "savefig", lambda self, path, dpi: figures.append((self, path)))
+    cb.save_trade({16: 1100.0, 256: 180.0}, 120.0, 15_000.0, tmp_path / "trade.png")
+    (figure, path), *_ = figures
+    (axis,) = figure.axes
+    assert path == tmp_path / "trade.png"
+    *dots, curve, star, s_line, e_line = axis.lines
+    assert [dot.get_xydata().tolist() for dot in dots] == [[[1100, 17_600]], [[180, 46_080]]]
+    assert [text.get_text().strip() for text in axis.texts] == ["16", "256"]
+    S, E = map(torch.as_tensor, curve.get_data())
+    torch.testing.assert_close((S / 120 - 1) * (E / 15_000 - 1), torch.ones_like(S))
+    assert (E / S)[0] < 16 and (E / S)[-1] > 256
+    assert star.get_xydata().tolist() == [[240, 30_000]] and star.get_label().endswith(" 125")
+    assert s_line.get_xdata()[0] == 120 and e_line.get_ydata()[0] == 15_000
+    assert axis.get_xscale() == axis.get_yscale() == "log"
+
+
+# ---------- the runs to the target ----------
+
+
+def count_updates(args, train_set, batch_size, learning_rate, seed):
+    """Return (updates, loss) at every evaluation of a long run: SGD by hand."""
+    torch.manual_seed(seed)
+    model, found = Linear(10), []
+    for n_updates in range(1, 300):
+        x, y = train_set[torch.randint(len(train_set), (batch_size,))]
+        grads = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
+        with torch.no_grad():
+            for p, grad in zip(model.parameters(), grads):
+                p -= learning_rate * grad
+        if batch_size >= 1024 or n_updates % (1024 // batch_size) == 0:
+            x, y = train_set[:300]
+            found.append((n_updates, F.cross_entropy(model(x), y).item()))
+    return found
+
+
+@pytest.mark.parametrize("batch_size", [64, 100, 700])
+def test_a_run_stops_at_the_first_evaluation_that_reaches_the_target(
+    batch_size, data, standins, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(cb, "ConvNet", Linear)
+    train_set, train_eval = data[0], cb.TensorDataset(*data[0][:300])
+    args = tiny_args(standins, tmp_path, "--target", "1.9")
+    evaluations = count_updates(args, train_set, batch_size, 0.5, 3)
+    n = next(n for n, loss in evaluations if loss <= 1.9)
+    assert evaluations[2][0] < n < evaluations[-3][0]
+    run = (args, train_set, train_eval, batch_size, 0.5, 3)
+    assert cb.updates_to_target(*run, limit=10**6) == n
+    assert cb.updates_to_target(*run, limit=n + 1) == n
+    assert cb.updates_to_target(*run, limit=n) == n  # given up, one update too early
+    assert cb.updates_to_target(*run, limit=n - 1) == n - 1
+    assert cb.updates_to_target(*run, limit=0) == 0
+
+
+def test_a_target_just_reached_is_reached_and_a_diverged_run_is_given_up(
+    data, standins, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(cb, "ConvNet", Linear)
+    args = tiny_args(standins, tmp_path, "--target", "1.5")
+    seen = []
+
+    def run(*losses):
+        scripted = iter(losses)
+
+        def evaluate(model, dataset, name):
+            seen.append(dataset)
+            return {f"{name}_loss": next(scripted)}
+
+        monkeypatch.setattr(cb, "evaluate", evaluate)
+        return cb.updates_to_target(args, data[0], "held", 256, 0.1, 0, 100)
+
+    assert run(1.6, 1.5000001, 1.5, 1.2) == 12
+    assert run(1.6, math.nan, 1.2) == 100
+    assert run(1.6, math.inf, 1.2) == 100
+    assert seen == 7 * ["held"]
+
+
+# ---------- the search ----------
+
+TABLE = {  # updates of the seeds 1337 and 1338
+    (16, 0.1): (50, 70),
+    (16, 0.2): (60, 40),
+    (16, 0.4): (70, 30),
+    (64, 0.1): (500, 500),
+    (64, 0.2): (30, 31),
+    (64, 0.4): (20, 45),
+}
+
+
+@pytest.fixture
+def search(standins, tmp_path, monkeypatch):
+    """Return a function that searches in the table, and the runs that it made."""
+    made = []
+
+    def updates_to_target(args, train_set, train_eval, batch_size, learning_rate, seed, limit):
+        if len(made) == search.interrupted_at:
+            raise KeyboardInterrupt
+        made.append((batch_size, learning_rate, seed, limit))
+        return min(TABLE[batch_size, learning_rate][seed - 1337], limit)
+
+    def search(*flags):
+        made.clear()
+        grid = "--batch_sizes 16 64 --learning_rates 0.1 0.2 0.4 --n_seeds 2 --max_updates 200"
+        args = tiny_args(standins, tmp_path, *grid.split(), *flags)
+        return cb.search(args, None, None)
+
+    search.interrupted_at = None
+    monkeypatch.setattr(cb, "updates_to_target", updates_to_target)
+    return search, made
+
+
+def test_every_batch_size_has_the_learning_rate_with_the_fewest_updates(search):
+    search, made = search
+    assert search() == ({16: 50, 64: 30.5}, {16: 0.2, 64: 0.2})
+    assert made == [
+        (16, 0.1, 1337, 400),
+        (16, 0.1, 1338, 350),
+        (16, 0.2, 1337, 120),
+        (16, 0.2, 1338, 60),
+        (16, 0.4, 1337, 100),  # no fewer, together: the first of equals stays
+        (16, 0.4, 1338, 30),
+        (64, 0.1, 1337, 400),
+        (64, 0.1, 1338, 0),
+        (64, 0.2, 1337, 400),
+        (64, 0.2, 1338, 370),
+        (64, 0.4, 1337, 61),
+        (64, 0.4, 1338, 41),
+    ]
+
+
+def test_an_interrupted_search_goes_on_where_it_was(search, tmp_path):
+    search, made = search
+    expected, runs = search(), list(made)
+    finished = (tmp_path / "runs.json").read_bytes()
+    assert search() == expected and not made  # all are read
+    assert (tmp_path / "runs.json").read_bytes() == finished
+    for n in range(len(runs)):
+        (tmp_path / "runs.json").unlink()
+        search.interrupted_at = n
+        with pytest.raises(KeyboardInterrupt):
+            search()
+        assert made == runs[:n]
+        search.interrupted_at = None
+        assert search() == expected
+        assert made == runs[n:]
+    assert [path.name for path in tmp_path.iterdir()] == ["runs.json"]
+
+
+def test_a_run_of_other_settings_is_not_read(search, tmp_path, monkeypatch):
+    search, made = search
+    search()
+    search("--target", "0.3")
+    assert len(made) == 12
+    search("--batch_sizes", "64", "16")
+    assert not made  # but those of the same, in another order, are
+    search("--data_dir", str(tmp_path))
+    assert len(made) == 12
+    edited = tmp_path / "edited.py"
+    edited.write_text("another model")
+    monkeypatch.setattr(cb, "__file__", str(edited))
+    search()
+    assert len(made) == 12
+
+
+# ---------- the whole run ----------
+
+
+def test_train_fits_the_runs_of_its_search(standins, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cb, "ConvNet", Linear)
+    flags = "--batch_sizes 8 16 64 --learning_rates 0.3 0.5 --n_seeds 2 --target 1.9"
+    args = tiny_args(standins, tmp_path, *flags.split())
+    final = cb.train(args)
+    train_set, _ = cb.load_data(args)
+    train_eval = cb.TensorDataset(*train_set[:2000])
+    fewest, totals = {}, {}
+    for batch_size in args.batch_sizes:
+        for learning_rate in args.learning_rates:
+            run = (args, train_set, train_eval, batch_size, learning_rate)
+            totals[learning_rate] = sum(cb.updates_to_target(*run, s, 1000) for s in (1337, 1338))
+        fewest[batch_size] = min(totals.values()) / 2
+    s_min, e_min = cb.fit_trade(fewest)
+    assert final["critical_batch"] == pytest.approx(e_min / s_min)
+    assert final["target"] == 1.9
+    lines = capsys.readouterr().out.splitlines()
+    assert f"critical batch size {e_min / s_min:.0f} = {e_min:.0f} examples" in lines[-3]
+    assert f"/ {s_min:.0f} updates" in lines[-3]
+    n = math.ceil(fewest[64] / args.eval_interval)
+    scales = [record["noise_scale"] for record in records(tmp_path)[1:]][:n]
+    assert f"simple noise scale {sum(scales) / len(scales):.0f}," in lines[-2]
+    assert (tmp_path / "trade.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_test_images_are_never_trained_on(standins, tmp_path, monkeypatch):
+    monkeypatch.setattr(cb, "ConvNet", Linear)
+    flags = "--batch_sizes 8 64 --learning_rates 0.5 --target 1.9".split()
+    honest = cb.train(tiny_args(standins, tmp_path / "honest", *flags))
+    real = cb.load_data
+
+    def load_data(args):
+        train_set, test_set = real(args)
+        x, y = test_set.tensors
+        return train_set, cb.TensorDataset(-x, y)
+
+    monkeypatch.setattr(cb, "load_data", load_data)
+    replaced = cb.train(tiny_args(standins, tmp_path / "replaced", *flags))
+    for key in ("critical_batch", "noise_scale", "train_loss"):
+        assert replaced[key] == honest[key]
+    assert replaced["test_loss"] != honest["test_loss"]
+
+
+# ---------- input ----------
+
+
+def test_a_target_that_is_not_reached_is_named(standins, tmp_path):
+    flags = "--target 0.001 --max_updates 50 --batch_sizes 64 32"
+    code, errors = run_main(NAME, *tiny_flags(NAME, standins, tmp_path), *flags.split())
+    assert code == 2 and len(errors.splitlines()) == 1
+    for words in ("--target 0.001", "--max_updates 50", "batch size 32", "--learning_rates"):
+        assert words in errors
+
+
+@pytest.mark.parametrize("sizes", [["64"], ["64", "64"]])
+def test_one_batch_size_is_too_few(sizes, capsys):
+    with pytest.raises(SystemExit) as end:
+        cb.parse_args(["--batch_sizes", *sizes])
+    assert end.value.code == 2
+    assert "--batch_sizes" in capsys.readouterr().err
+
+
+def test_a_diverging_run_names_the_learning_rates(standins, tmp_path, monkeypatch):
+    monkeypatch.setattr(cb, "search", lambda *_: ({16: 9.0, 64: 7.0}, {64: 1e30}))
+    with pytest.raises(FloatingPointError, match=r"at iteration 2: lower --learning_rates"):
+        cb.train(tiny_args(standins, tmp_path))
+
+
+@pytest.mark.data
+def test_short_run_on_real_mnist(real_data, tmp_path):
+    flags = "--batch_sizes 32 128 512 --target 0.3 --n_seeds 1 --max_iters 200 --eval_interval 20"
+    folders = ["--data_dir", str(real_data), "--out_dir", str(tmp_path)]
+    final = cb.train(cb.parse_args([*folders, *flags.split()]))
+    assert 15 < final["critical_batch"] < 300
+    scales = [record["noise_scale"] for record in records(tmp_path)[1:]]
+    assert scales[0] < 100 < scales[-1] < 10_000
