@@ -173,7 +173,7 @@ def test_train_is_sgd_and_averages_the_moments_between_evaluations(
             assert record["mean_noise_scale"] == pytest.approx(sum(scales) / len(scales), rel=1e-3)
     torch.testing.assert_close(trained.out.weight, model.out.weight)
     torch.testing.assert_close(trained.out.bias, model.out.bias)
-    for name, dataset in (("train", cb.TensorDataset(*data[0][:2000])), ("test", data[1])):
+    for name, dataset in (("train", cb.TensorDataset(*data[0][:1000])), ("test", data[1])):
         x, y = dataset.tensors
         expected = F.cross_entropy(model(x), y).item()
         assert found[-1][f"{name}_loss"] == pytest.approx(expected, rel=1e-3)
@@ -235,19 +235,19 @@ def count_updates(args, train_set, batch_size, learning_rate, seed):
     """Return (updates, loss) at every evaluation of a long run: SGD by hand."""
     torch.manual_seed(seed)
     model, found = Linear(10), []
-    for n_updates in range(1, 300):
+    for n_updates in range(1, 200):
         x, y = train_set[torch.randint(len(train_set), (batch_size,))]
         grads = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
         with torch.no_grad():
             for p, grad in zip(model.parameters(), grads):
                 p -= learning_rate * grad
-        if batch_size >= 1024 or n_updates % (1024 // batch_size) == 0:
+        if batch_size >= 256 or n_updates % (256 // batch_size) == 0:
             x, y = train_set[:300]
             found.append((n_updates, F.cross_entropy(model(x), y).item()))
     return found
 
 
-@pytest.mark.parametrize("batch_size", [64, 100, 700])
+@pytest.mark.parametrize("batch_size", [16, 100, 300])
 def test_a_run_stops_at_the_first_evaluation_that_reaches_the_target(
     batch_size, data, standins, tmp_path, monkeypatch
 ):
@@ -280,7 +280,7 @@ def test_a_target_just_reached_is_reached_and_a_diverged_run_is_given_up(
             return {f"{name}_loss": next(scripted)}
 
         monkeypatch.setattr(cb, "evaluate", evaluate)
-        return cb.updates_to_target(args, data[0], "held", 256, 0.1, 0, 100)
+        return cb.updates_to_target(args, data[0], "held", 64, 0.1, 0, 100)
 
     assert run(1.6, 1.5000001, 1.5, 1.2) == 12
     assert run(1.6, math.nan, 1.2) == 100
@@ -384,7 +384,7 @@ def test_train_fits_the_runs_of_its_search(standins, tmp_path, capsys, monkeypat
     args = tiny_args(standins, tmp_path, *flags.split())
     final = cb.train(args)
     train_set, _ = cb.load_data(args)
-    train_eval = cb.TensorDataset(*train_set[:2000])
+    train_eval = cb.TensorDataset(*train_set[:1000])
     fewest, totals = {}, {}
     for batch_size in args.batch_sizes:
         for learning_rate in args.learning_rates:
