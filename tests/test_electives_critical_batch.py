@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from steps import load_step, run_main, tiny_flags
 
 NAME = "electives/critical_batch"
-cb = load_step(NAME)
+cb, step_09 = load_step(NAME), load_step("09")
 
 
 class Linear(nn.Module):
@@ -53,6 +53,49 @@ def test_minibatches_are_drawn_with_replacement_and_keep_their_labels():
     assert (counts > 320).all() and (counts < 480).all()  # 400 are expected
     repeated = (y[1:] == y[:-1]).float().mean().item()
     assert repeated == pytest.approx(0.1, abs=0.03)  # which no shuffled epochs would have
+
+
+def test_data_are_those_of_step_09(data, standins):
+    for mine, its in zip(
+        data, step_09.load_data(step_09.parse_args(["--data_dir", str(standins)]))
+    ):
+        assert torch.equal(mine.tensors[0], its.tensors[0])
+        assert torch.equal(mine.tensors[1], its.tensors[1])
+    assert [len(dataset) for dataset in data] == [2000, 400]
+    assert data[0].tensors[0].mean().abs() < 1e-4
+    assert data[0].tensors[0].std().item() == pytest.approx(1)
+
+
+def test_missing_data_are_named(tmp_path, no_network):
+    code, errors = run_main(NAME, "--data_dir", tmp_path / "data", "--out_dir", tmp_path / "out")
+    assert code == 2 and len(errors.splitlines()) == 1
+    assert str(tmp_path / "data" / "MNIST" / "raw") in errors and "tests/standins.py" in errors
+    assert not (tmp_path / "out").exists()
+
+
+# ---------- the model ----------
+
+
+def test_convnet_halves_height_and_width_twice(data):
+    torch.manual_seed(0)
+    model = cb.ConvNet(10)
+    x, y = data[0][:300]
+    loss = F.cross_entropy(model(x), y)
+    assert loss.item() == pytest.approx(math.log(10))  # the logits are zero at first
+    for layer in (model.conv_1, model.conv_2, model.hidden):
+        fan_in = layer.weight[0].numel()
+        assert layer.weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.15)
+    assert all((p == 0).all() for name, p in model.named_parameters() if name.endswith("bias"))
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.1)
+    h = F.conv2d(x, model.conv_1.weight, model.conv_1.bias, stride=2, padding=2).clamp(min=0)
+    assert h.shape == (300, 8, 14, 14)
+    h = F.conv2d(h, model.conv_2.weight, model.conv_2.bias, stride=2, padding=2).clamp(min=0)
+    assert h.shape == (300, 16, 7, 7)
+    h = (h.flatten(1) @ model.hidden.weight.T + model.hidden.bias).clamp(min=0)
+    expected = h @ model.out.weight.T + model.out.bias
+    torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-3)
+    assert expected.shape == (300, 10) and h.shape == (300, 64)
 
 
 # ---------- the noise scale ----------
@@ -226,6 +269,9 @@ def test_picture_shows_the_runs_the_fit_and_the_critical_batch_size(tmp_path, mo
     assert star.get_xydata().tolist() == [[240, 30_000]] and star.get_label().endswith(" 125")
     assert s_line.get_xdata()[0] == 120 and e_line.get_ydata()[0] == 15_000
     assert axis.get_xscale() == axis.get_yscale() == "log"
+    figure.canvas.draw()
+    for ticks, shown in ((axis.xaxis, "500"), (axis.yaxis, "20,000")):
+        assert shown in [label.get_text() for label in ticks.get_ticklabels()]
 
 
 # ---------- the runs to the target ----------
@@ -380,7 +426,7 @@ def test_a_run_of_other_settings_is_not_read(search, tmp_path, monkeypatch):
 
 def test_train_fits_the_runs_of_its_search(standins, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cb, "ConvNet", Linear)
-    flags = "--batch_sizes 8 16 64 --learning_rates 0.3 0.5 --n_seeds 2 --target 1.9"
+    flags = "--batch_sizes 8 16 64 --learning_rates 0.5 0.3 --n_seeds 2 --target 1.9"
     args = tiny_args(standins, tmp_path, *flags.split())
     final = cb.train(args)
     train_set, _ = cb.load_data(args)
@@ -394,7 +440,11 @@ def test_train_fits_the_runs_of_its_search(standins, tmp_path, capsys, monkeypat
     s_min, e_min = cb.fit_trade(fewest)
     assert final["critical_batch"] == pytest.approx(e_min / s_min)
     assert final["target"] == 1.9
+    assert final["iter"] == args.max_iters
     lines = capsys.readouterr().out.splitlines()
+    assert f"batch size 64  learning rate 0.5  {fewest[64]:.1f} updates" in lines
+    assert "batch size 64  learning rate 0.3  given up" in lines
+    assert any(line.startswith("iter 2  seconds ") for line in lines)
     assert f"critical batch size {e_min / s_min:.0f} = {e_min:.0f} examples" in lines[-3]
     assert f"/ {s_min:.0f} updates" in lines[-3]
     n = math.ceil(fewest[64] / args.eval_interval)

@@ -6,18 +6,18 @@ Changed: minibatches, ConvNet, log_metrics, train, parse_args
 Gone:    augment, OptaxOptimizer
 
 The gradient of a minibatch is the full gradient G plus noise, of covariance Sigma / batch_size.
-Where the noise is small, a larger minibatch gives hardly a better gradient, and its examples are
-wasted. Where it dominates, twice as many examples allow nearly twice the progress per update. The
-border is about the simple noise scale, tr(Sigma) / |G|^2, measured here while the model trains
-(loss.png). Is it right? For each batch size, with the best of several learning rates, we count the
-updates S and the examples E of plain SGD to a target loss, and fit the trade between them
-(trade.png):
+While noise dominates, twice the examples allow nearly twice the progress per update; once it is
+small, more examples are wasted. The border should be near the simple noise scale,
+tr(Sigma) / |G|^2, which two batch sizes reveal during training (loss.png). Is it? For every batch
+size, and the best of several learning rates for it, we count the updates S and the examples E that
+plain SGD needs to a target loss, and fit the trade between them (trade.png):
 
     (S / S_min - 1) (E / E_min - 1) = 1        critical batch size = E_min / S_min
 
 At the critical batch size, training takes twice the fewest updates and twice the fewest examples.
+Runs to the target that are finished are kept in out/runs.json, and an interrupted search goes on.
 
-Try:     --n_seeds 1 (a quick look), --target 0.3 (an easier target: which batch size is critical?)
+Try:     --n_seeds 1 (a quick look), --target 0.1 (does the critical batch size grow as well?)
 Source:  McCandlish et al. 2018, "An empirical model of large-batch training".
 """
 
@@ -114,7 +114,7 @@ def evaluate(model, dataset, name):
 def gradient(model, x, y):
     """Return the gradient of the mean loss of the examples x, y as one vector (P,)."""
     loss = F.cross_entropy(model(x), y)
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, model.parameters())])
 
 
 def noise_moments(small, big, n_small, n_big):
@@ -224,7 +224,8 @@ def search(args, train_set, train_eval):
             total += finished[key]
         if total < limit:
             fewest[batch_size], learning_rates[batch_size] = total, learning_rate
-        tqdm.write(f"batch size {batch_size} learning rate {learning_rate:g} updates {total}")
+        result = f"{total / args.n_seeds:.1f} updates" if total < limit else "given up"
+        tqdm.write(f"batch size {batch_size}  learning rate {learning_rate:g}  {result}")
     if missed := set(args.batch_sizes) - set(fewest):
         raise argparse.ArgumentTypeError(
             f"--target {args.target}: not reached within --max_updates {args.max_updates} with "
