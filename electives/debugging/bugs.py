@@ -611,8 +611,9 @@ BUGS = [
         original="    return x.roll((dy, dx), dims=(2, 3))",
         planted="    return x.roll((dy, dx), dims=(0, 3))",
         flags="--max_iters 100 --eval_interval 100",
-        symptom="The network learns more slowly than step 09's, and --shift 0 cures it. With"
-        " --shift 5 it is worse still. I thought that augmentation was to help.",
+        symptom="After 100 iterations the test loss is 2.27 instead of 0.235, and the test"
+        " accuracy 38.8% instead of 92.9%. --shift 0 cures it. I thought that"
+        " augmentation was to help.",
         hints=[
             "Does --shift 0 help? Then draw a minibatch after augment, with its labels.",
             "What are the four dimensions of x, and which of them may be moved?",
@@ -627,9 +628,9 @@ BUGS = [
         original="x = self.dropout(F.relu(self.hidden(x.flatten(1))))",
         planted="x = F.dropout(F.relu(self.hidden(x.flatten(1))), self.dropout.p)",
         flags="--max_iters 100 --eval_interval 100",
-        symptom="The test accuracy is lower than it should be, and two evaluations of the same"
-        " model differ. Yet evaluate calls model.eval(), and the model does have a"
-        " dropout layer.",
+        symptom="After 100 iterations the test loss is 0.273 instead of 0.235, and two"
+        " evaluations of the same model differ. Yet evaluate calls model.eval(), and the"
+        " model has its dropout layer.",
         hints=[
             "model.eval() is called. Which layers listen to it?",
             "Look up the signature of the function that drops units here.",
@@ -644,8 +645,9 @@ BUGS = [
         original="        for layer in (self.conv_1, self.conv_2, self.hidden):",
         planted="        for layer in (self.conv_1, self.hidden):",
         flags="--max_iters 100 --eval_interval 100",
-        symptom="The network does not learn to tell the digits apart: its loss stays close to"
-        " 2.30, and it predicts the same class for every image.",
+        symptom="The network does not learn to tell the digits apart: after 100 iterations the"
+        " loss is 2.302 instead of 0.235, and the test accuracy 11.35%, the share of the"
+        " digit 1 among the test images.",
         hints=[
             "Print the gradient norm of every parameter after the first backward pass.",
             "What comes out of a layer with weights 0, and what is ReLU's gradient there?",
@@ -661,9 +663,9 @@ BUGS = [
         original="        logits = model(augment(x, args.shift))",
         planted="        augment(x, args.shift)\n        logits = model(x)",
         flags="--max_iters 100 --eval_interval 100",
-        symptom="--shift has no effect: with 0, 2 or 5 pixels the losses hardly differ, and the"
-        " accuracy on the training images ends higher than that of the published run,"
-        " that on the test images lower.",
+        symptom="After 100 iterations the training loss is 0.189 instead of 0.253. That is"
+        " better, but --shift has no effect: the losses hardly differ between 0 and 5"
+        " pixels. What does the flag do?",
         hints=[
             "Does --shift 5 change anything in the losses?",
             "Does augment change x, or does it return something new?",
@@ -678,8 +680,9 @@ BUGS = [
         original="    logits = torch.cat([model(chunk) for chunk in x.split(200)])",
         planted="    logits = torch.cat([model(augment(chunk, 2)) for chunk in x.split(200)])",
         flags="--max_iters 100 --eval_interval 100",
-        symptom="The test accuracy fluctuates: two evaluations of the same model give different"
-        " losses, although dropout is off in evaluation.",
+        symptom="After 100 iterations the test loss is 0.373 instead of 0.235, and the test"
+        " accuracy 88.7% instead of 92.9%. Two evaluations of the same model differ,"
+        " although dropout is off.",
         hints=[
             "Is an evaluation of the same model twice the same?",
             "What happens to a test image before the model sees it?",
