@@ -1,8 +1,8 @@
 """Make stand-in data, so that every step runs offline: python tests/standins.py DIR
 
 Small generated files in the real formats and at the real places under DIR: drawn digits for MNIST,
-a synthetic play for Shakespeare, small JPEG folders for ImageNet, documents for OpenWebText. A
-file that is already there is never touched.
+a synthetic play for Shakespeare, verses for the King James Bible, small JPEG folders for ImageNet,
+documents for OpenWebText. A file that is already there is never touched.
 """
 
 import argparse
@@ -88,6 +88,20 @@ def write_shakespeare(folder, n_speeches=1500):
     write(folder / "shakespeare" / "input.txt", "\n".join(speeches).encode())
 
 
+def write_bible(folder, n_verses=31102, n_old=23145):
+    """Write kjv/kjv.txt, as many verses as the Bible has; those of the Old Testament come first."""
+    rng = np.random.default_rng(0)
+    old, new = "Moses David Israel Judah Saul".split(), "Jesus Paul Peter Israel David".split()
+    verbs = "saw heard blessed feared followed".split()
+    nouns = "king house mountain river temple sheep vineyard bread".split()
+    verses = [
+        f"And {(old if i < n_old else new)[a]} {verbs[b]} the {nouns[c]}"
+        + f" of {nouns[d]}" * (d < 5)
+        for i, (a, b, c, d) in enumerate(rng.integers((5, 5, 8, 8), size=(n_verses, 4)).tolist())
+    ]
+    write(folder / "kjv" / "kjv.txt", ".\n".join([*verses, ""]).encode())
+
+
 def write_imagenet(folder, n_classes=4, n_train=16, n_val=4, sides=(48, 97)):
     """Write JPEGs, a square on a class's own ground, under folder/imagenet/{train,val}/.
 
@@ -139,6 +153,7 @@ def main(argv=None):
     folder = parser.parse_args(argv).folder
     write_mnist(folder)
     write_shakespeare(folder)
+    write_bible(folder)
     write_imagenet(folder)
     write_openwebtext(folder)
     print(f"stand-ins are in {folder}; train on them with --data_dir {folder}")
