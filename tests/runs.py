@@ -15,9 +15,12 @@ import torch
 def watched_run(step, *flags):
     """Run a step; return its arguments and the records of metrics.jsonl."""
     args, screen = step.parse_args([str(flag) for flag in flags]), io.StringIO()
+    args.out_dir.mkdir(exist_ok=True)
+    (args.out_dir / "metrics.jsonl").write_text('{"iter": 0}\n')  # of an earlier run: replaced
     with contextlib.redirect_stdout(screen):
         final = step.train(args)
-    records = [json.loads(line) for line in (args.out_dir / "metrics.jsonl").open()]
+    lines = (args.out_dir / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
     assert final == records[-1]
     evaluated = {*range(0, args.max_iters, args.eval_interval), args.max_iters}
     assert [record["iter"] for record in records] == sorted(evaluated)

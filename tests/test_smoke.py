@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from steps import FOLDERS, STEPS, load_plot, load_step, run_main, tiny_flags
 
 TIMES = {"seconds", "images_per_second", "tokens_per_second", "mfu", "data_share", "memory_gib"}
@@ -36,6 +37,7 @@ def tiny_run(standins, tmp_path_factory):
                 super().__init__(*args, **kwargs | {"disable": False, "file": screen})
                 bars.append(self)
 
+        torch.set_num_threads(1)  # as when it runs alone: its metrics are the same to the last bit
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "tqdm", Bar)
             final = module.train(module.parse_args(tiny_flags(step, standins, out_dir)))
@@ -108,21 +110,20 @@ def test_plot_compares_runs(tiny_run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("step", FOLDERS)
-def test_same_seed_same_metrics(step, tiny_run, standins, tmp_path):
-    module, out_dirs = load_step(step), [tiny_run(step)[1], tmp_path / "same", tmp_path / "other"]
-    out_dirs[1].mkdir()
-    (out_dirs[1] / "metrics.jsonl").write_text('{"iter": 0}\n')  # of an earlier run: replaced
-    for out_dir, seed in zip(out_dirs[1:], ("1337", "1")):
-        flags = [*tiny_flags(step, standins, out_dir), "--seed", seed]
-        module.train(module.parse_args(flags))
-    first, same, other = ([without_times(r) for r in records(folder)] for folder in out_dirs)
-    assert first == same
-    assert first != other
-
-
-@pytest.mark.parametrize("step", FOLDERS)
-def test_folder_runs_when_copied_alone(step, runs_alone):
+def test_folder_runs_when_copied_alone_with_the_same_metrics(step, runs_alone, tiny_run):
     result, alone, elsewhere = runs_alone[step].result()
     assert result.returncode == 0, result.stderr
-    assert (alone / "out" / "metrics.jsonl").exists()
     assert not list(elsewhere.iterdir())
+    here, there = (map(without_times, records(out)) for out in (tiny_run(step)[1], alone / "out"))
+    assert list(here) == list(there)
+
+
+# The references of 01 to 13 have another seed: a run that forgets it differs from them.
+@pytest.mark.parametrize("step", [step for step in FOLDERS if step not in STEPS[:13]])
+def test_another_seed_gives_other_metrics(step, tiny_run, standins, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"iter": 0}\n')  # of an earlier run: replaced
+    module, first = load_step(step), records(tiny_run(step)[1])
+    module.train(module.parse_args([*tiny_flags(step, standins, tmp_path), "--seed", "1"]))
+    other = records(tmp_path)
+    assert [r["iter"] for r in other] == [r["iter"] for r in first]
+    assert [*map(without_times, other)] != [*map(without_times, first)]
