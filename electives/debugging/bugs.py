@@ -717,9 +717,9 @@ BUGS = [
         original="    model.train()\n    accuracy",
         planted="    accuracy",
         flags="--max_iters 100 --eval_interval 100 --n_channel 4",
-        symptom="After the first evaluation the training seems to be another one: the learning"
-        " rate that batch norm makes possible is now too high, and the loss is much"
-        " worse than it should be.",
+        symptom="With 4 channels and 100 iterations the test loss is 1.65 instead of 1.15, and"
+        " the test accuracy 35.0% instead of 69.0%. The minibatches, augmentation and"
+        " learning rates are those of the step.",
         hints=[
             "Print model.training in the loop.",
             "What do the running averages of batch norm look like after 100 iterations?",
@@ -735,9 +735,9 @@ BUGS = [
         original="        nn.init.zeros_(self.bn_2.weight)  # every block",
         planted="        nn.init.zeros_(self.bn_1.weight)  # every block",
         flags="--max_iters 100 --eval_interval 100 --n_channel 4",
-        symptom="The network learns, but not as well as it should. Many of its parameters have"
-        " a gradient of exactly 0, in every iteration, as if half of each block did not"
-        " exist.",
+        symptom="With 4 channels and 100 iterations the test loss is 2.03 instead of 1.15, and"
+        " the test accuracy 26.7% instead of 69.0%. Many parameters have a gradient of"
+        " exactly 0 in every iteration, as if most of each block did not exist.",
         hints=[
             "Print the gradient norm of every parameter of a block: which ones are exactly 0?",
             "What comes out of ReLU, and what gradient goes back through it, if its input is 0?",
@@ -1015,14 +1015,15 @@ BUGS = [
         original="y[chunk].split(args.batch_size))",
         planted="y.split(args.batch_size))",
         flags="--max_iters 60 --n_channel 4",
-        symptom="The loss stays at 2.30 and the accuracy at about 10%: nothing is learned. I"
-        " looked at the images and at the labels, and both are fine.",
+        symptom="With 4 channels and 60 iterations the test loss is 2.291, hardly below log(10)"
+        " = 2.303, instead of 0.929, and the test accuracy 17.8% instead of 74.4%. I"
+        " looked at the images, and they are fine.",
         hints=[
             "Draw a minibatch with its labels.",
             "Which indices choose the images, and which ones choose the labels?",
         ],
-        lesson="Images and labels have to be indexed by the same permutation; that nothing is"
-        " learned, and the loss stays at log(10), is the sign of labels without a relation.",
+        lesson="Images and labels have to be indexed by the same permutation; a loss that"
+        " stays close to log(10) is the sign of labels without a relation to their images.",
         test="test_14_resnet_gpu.py::"
         "test_an_epoch_shows_every_image_once_and_the_next_in_another_order",
     ),
@@ -1032,8 +1033,9 @@ BUGS = [
         original="    chunks = [normalize(chunk / 255, stats) for chunk in x.split(1000)]",
         planted="    chunks = [normalize(chunk, stats) for chunk in x.split(1000)]",
         flags="--max_iters 60 --n_channel 4",
-        symptom="Both accuracies are far below what the falling loss of the minibatches lets me"
-        " expect, on the training images just as on the test images.",
+        symptom="With 4 channels and 60 iterations the test loss is 559 instead of 0.929, and"
+        " the test accuracy 20.6% instead of 74.4%; on the training images it is the"
+        " same. The loss of the minibatches, where I print it, falls as it should.",
         hints=[
             "The loss on the training images is as bad as that on the test images. Is it also bad"
             " for the minibatches?",
@@ -1050,9 +1052,9 @@ BUGS = [
         original="    logits /= len(VIEWS)  # (N, C)\n",
         planted="",
         flags="--max_iters 60 --n_channel 4",
-        symptom="The accuracy is as good as it should be, but the loss is much too high, and"
-        " the better the model gets, the stranger it looks: a few errors cost an"
-        " enormous loss.",
+        symptom="The accuracies are right in every digit, but the losses are not: with 4"
+        " channels the test loss is 2.83 instead of 2.32 at iteration 0, and 0.819"
+        " instead of 0.929 after 60 iterations. Is lower not better?",
         hints=[
             "Which change of the logits leaves every argmax alone, but not the loss?",
             "Is the model as certain as its logits say? Follow them through the views.",
@@ -1233,9 +1235,8 @@ BUGS = [
         original="    return ids[:split], ids[split:], vocab",
         planted="    return ids[:split], ids[: len(ids) - split], vocab",
         flags="--max_iters 200 --eval_interval 100",
-        symptom="val_loss is lower than that of published models of this size, and it goes on"
-        " falling with the training loss, however long I train. There is no sign of"
-        " overfitting.",
+        symptom="After 200 iterations val_loss is 1.841 instead of 1.950, while train_loss is"
+        " the same as ever. Have I found a better model without changing it?",
         hints=[
             "Decode the first characters of both parts of the data.",
             "Which characters does the training text have in common with the validation text?",
@@ -1251,8 +1252,9 @@ BUGS = [
         original="        yield chunks[:, :-1], chunks[:, 1:]",
         planted="        yield chunks[:, :-1], chunks[:, :-1]",
         flags="--max_iters 200 --eval_interval 100",
-        symptom="The training loss falls almost to 0 within a few hundred iterations, which is"
-        " unheard of. val_loss is worse than that of a model that knows nothing.",
+        symptom="The training loss is 0.00015 after 200 iterations, where 1.95 is usual. But"
+        " val_loss rises from 4.19 to 19.8 (a model that knows nothing has log(65) ="
+        " 4.17), and the samples repeat one character.",
         hints=[
             "train_loss and val_loss disagree: do both ask the model the same question?",
             "Let ids be 0, 1, 2, ... and print one x and its y.",
