@@ -898,7 +898,8 @@ BUGS = [
         planted="    return ids",
         flags="--n_embd 32 --n_hidden 64 --max_iters 200 --eval_interval 100",
         symptom="--dropout has no effect: with 0, 0.45 and 0.9 the losses are the same in every"
-        " digit. In step 11 they are not.",
+        " digit. After 200 iterations the training loss is 5.06, where dropout leads to"
+        " 5.32.",
         hints=[
             "Compare with --dropout 0.",
             "In which mode does each function leave the model that it was given?",
@@ -948,9 +949,9 @@ BUGS = [
         original="        scores = q @ k.mT / math.sqrt(C // self.n_head)  # (B, H, T, T)",
         planted="        scores = q @ k.mT  # (B, H, T, T)",
         flags="--n_embd 32 --n_layer 1 --max_iters 200 --eval_interval 100",
-        symptom="The transformer trains, and no error occurs, but with the same weights it"
-        " gives other logits than PyTorch's own layers do. The difference grows with the"
-        " size of a head, n_embd / n_head.",
+        symptom="After 200 iterations the test loss is 5.053 instead of 5.036. With the same"
+        " weights the model gives other logits than PyTorch's own layers do, and the"
+        " difference grows with the size of a head, n_embd / n_head.",
         hints=[
             "Compare the layer with F.scaled_dot_product_attention, with the same weights.",
             "What is the variance of a dot product of two random vectors of length D?",
@@ -1001,9 +1002,9 @@ BUGS = [
         original="    targets[:, : -args.eval_stride] = -100\n",
         planted="",
         flags="--n_embd 32 --n_layer 1 --max_iters 200 --eval_interval 100",
-        symptom="The test loss is not what it should be, although the model's samples and its"
-        " training are the same as ever. With --eval_stride equal to --block_size it is"
-        " right.",
+        symptom="After 200 iterations the test loss is 5.0315 instead of 5.0358, although"
+        " training and samples are the same in every digit. With --eval_stride equal to"
+        " --block_size it is right.",
         hints=[
             "Over how many words is the mean taken, and how many are there in the test text?",
             "Evaluation windows overlap. Which of their targets may count?",
