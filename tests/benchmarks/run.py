@@ -1,10 +1,11 @@
 """Run every benchmark and print one table: ours, the reference, the ratio.
 
-    python tests/benchmarks/run.py [--nanogpt DIR] [--imagenet DIR] [--only NAME ...]
+    python tests/benchmarks/run.py [--nanogpt DIR] [--examples DIR] [--imagenet DIR] [--only NAME]
 
 Takes about an hour on two cores. MNIST and tiny Shakespeare come from $DATA_DIR, else data/.
---nanogpt is a checkout of github.com/karpathy/nanoGPT, --imagenet a folder with train/ and val/;
-what needs one that is not given is left out, and the table says so.
+--nanogpt is a checkout of github.com/karpathy/nanoGPT, --examples of github.com/pytorch/examples,
+--imagenet a folder with train/ and val/; what needs one that is not given is left out, and the
+table says so.
 """
 
 import argparse
@@ -19,6 +20,7 @@ COMMANDS = {
     "kneser_ney": "",
     "resnet_measures": "",
     "imagenet_loader": "{imagenet}",
+    "lstm_peer": "--peer {examples}/word_language_model",
     "nanogpt_parity": "--nanogpt {nanogpt}",
     "gpt2_speed": "--nanogpt {nanogpt}",
     "nanogpt_shakespeare": "--nanogpt {nanogpt}",
@@ -44,13 +46,14 @@ def run(name, flags):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT")
+    parser.add_argument("--examples", type=Path, help="a checkout of pytorch/examples")
     parser.add_argument("--imagenet", type=Path, help="photographs in train/ and val/")
     parser.add_argument("--only", nargs="+", choices=COMMANDS, default=list(COMMANDS))
     args = parser.parse_args()
     os.environ.setdefault("DATA_DIR", str(HERE.parents[1] / "data"))
     table = ["| benchmark | measured | ours | reference | ratio |", "|---|---|---|---|---|"]
     for name in args.only:
-        given = {"nanogpt": args.nanogpt, "imagenet": args.imagenet}
+        given = {name: getattr(args, name) for name in ("nanogpt", "examples", "imagenet")}
         absent = [key for key in given if f"{{{key}}}" in COMMANDS[name] and not given[key]]
         if absent:
             rows = [f"| not run: needs --{absent[0]} | | | |"]
