@@ -179,6 +179,38 @@ def test_pixels_are_normalized_with_the_training_sets_statistics(step, standins)
 
 
 @pytest.mark.parametrize("step", MNIST_STEPS, ids=name)
+def test_images_or_labels_that_are_no_mnist_are_refused(step, tmp_path, no_network):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    images, labels = bytes(range(196)) * 4 * 50, bytes(range(10)) * 5
+    files = {
+        "images-idx3": struct.pack(">4i", 0x803, 50, 28, 28) + images,
+        "labels-idx1": struct.pack(">2i", 0x801, 50) + labels,
+    }
+    changes = [
+        {},
+        {"images-idx3": files["images-idx3"][:16] + bytes(len(images))},  # black
+        {"images-idx3": struct.pack(">4i", 0x803, 50, 56, 14) + images},
+        {"images-idx3": files["images-idx3"][:-1]},
+        {"images-idx3": b"<html><body>not found</body></html>"},
+        {"images-idx3": files["labels-idx1"]},
+        {"images-idx3": b""},
+        {"labels-idx1": struct.pack(">2i", 0x801, 50) + labels[1:] + bytes([10])},
+        {"labels-idx1": struct.pack(">2i", 0x801, 49) + labels[1:]},
+    ]
+    args = step.parse_args(["--data_dir", str(tmp_path)])
+    for change in changes:
+        for part in ("train", "t10k"):
+            for kind, content in (files | change).items():
+                (raw / f"{part}-{kind}-ubyte").write_bytes(content)
+        if not change:
+            assert [len(dataset) for dataset in step.load_data(args)] == [50, 50]
+        else:
+            with pytest.raises(OSError, match="raw/train"):
+                step.load_data(args)
+
+
+@pytest.mark.parametrize("step", MNIST_STEPS, ids=name)
 def test_every_epoch_shows_each_image_once_in_a_new_order(step):
     x = torch.arange(10)
     batches = step.minibatches(TensorDataset(x, -x), 4)

@@ -133,6 +133,9 @@ def test_a_text_of_one_window_is_enough(name, tmp_path):
     assert len(step.windows(train_ids, 7)) == 1
     with pytest.raises(argparse.ArgumentTypeError, match="8 training, 2 test, 3 known"):
         step.load_data(step.parse_args([*flags, "--block_size", "8"]))
+    write_text(tmp_path, "a b a c c d e a " + 2 * " ", 2 * " ")
+    with pytest.raises(argparse.ArgumentTypeError, match="8 training, 0 test, 3 known"):
+        step.load_data(step.parse_args([*flags, "--block_size", "7"]))
 
 
 @pytest.mark.parametrize("name", WORD_STEPS)
