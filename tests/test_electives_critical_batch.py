@@ -168,11 +168,12 @@ def test_train_measures_the_noise_scale_of_per_example_gradients(
     mean = grads.mean(dim=0)
     exact = (grads - mean).square().sum(dim=1).mean() / mean.square().sum()
     assert final["noise_scale"] == pytest.approx(exact.item(), rel=0.1)
-    assert final["mean_noise_scale"] == final["noise_scale"]
+    assert final["noise_scale_to_target"] == final["noise_scale"]
 
 
+@pytest.mark.parametrize("reached", [True, False])
 def test_train_is_sgd_and_averages_the_moments_between_evaluations(
-    data, standins, tmp_path, monkeypatch
+    reached, data, standins, tmp_path, monkeypatch, capsys
 ):
     """Replay the run of `train` by torch's SGD on whole minibatches, halves taken apart."""
     models = []
@@ -183,8 +184,9 @@ def test_train_is_sgd_and_averages_the_moments_between_evaluations(
             models.append(self)
 
     monkeypatch.setattr(cb, "ConvNet", Kept)
-    monkeypatch.setattr(cb, "search", lambda *_: ({24: 8.0, 9: 10.0}, {24: 0.5, 9: 0.3}))
-    flags = "--batch_sizes 24 9 --max_iters 7 --eval_interval 3"
+    monkeypatch.setattr(cb, "search", lambda *_: ({24: 8.0, 9: 10.0}, {24: 1.0, 9: 0.3}))
+    target = 2.27 if reached else 2.0
+    flags = f"--batch_sizes 24 9 --max_iters 7 --eval_interval 3 --target {target}"
     args = tiny_args(standins, tmp_path, *flags.split())
     cb.train(args)
     found = records(tmp_path)
@@ -193,8 +195,8 @@ def test_train_is_sgd_and_averages_the_moments_between_evaluations(
     trained = models[-1]
     torch.manual_seed(args.seed)
     model = Linear(10)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    traces, dots, scales = [], [], []
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    traces, dots, scales, losses = [], [], [], []
     for iter_num in range(1, 8):
         halves = [data[0][torch.randint(len(data[0]), (12,))] for _ in range(2)]
         grads = []
@@ -213,7 +215,14 @@ def test_train_is_sgd_and_averages_the_moments_between_evaluations(
             scales.append(sum(traces) / sum(dots))
             traces, dots = [], []
             assert record["noise_scale"] == pytest.approx(scales[-1], rel=1e-3)
-            assert record["mean_noise_scale"] == pytest.approx(sum(scales) / len(scales), rel=1e-3)
+            x, y = data[0][:1000]
+            losses.append(F.cross_entropy(model(x), y).item())
+            n = 2 if reached else 3  # the evaluation that reaches the target is the last to count
+            mean = sum(scales[:n]) / len(scales[:n])
+            assert record["noise_scale_to_target"] == pytest.approx(mean, rel=1e-3)
+    assert losses[0] > 2.27 > losses[1] > losses[2] > 2.0
+    end = "to the target" if reached else "to the end, before the target"
+    assert capsys.readouterr().out.splitlines()[-2].endswith(f"mean over updates {end}")
     torch.testing.assert_close(trained.out.weight, model.out.weight)
     torch.testing.assert_close(trained.out.bias, model.out.bias)
     for name, dataset in (("train", cb.TensorDataset(*data[0][:1000])), ("test", data[1])):
@@ -447,9 +456,7 @@ def test_train_fits_the_runs_of_its_search(standins, tmp_path, capsys, monkeypat
     assert any(line.startswith("iter 2  seconds ") for line in lines)
     assert f"critical batch size {e_min / s_min:.0f} = {e_min:.0f} examples" in lines[-3]
     assert f"/ {s_min:.0f} updates" in lines[-3]
-    n = math.ceil(fewest[64] / args.eval_interval)
-    scales = [record["noise_scale"] for record in records(tmp_path)[1:]][:n]
-    assert f"simple noise scale {sum(scales) / len(scales):.0f}," in lines[-2]
+    assert f"simple noise scale {final['noise_scale_to_target']:.0f}," in lines[-2]
     assert (tmp_path / "trade.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -18,13 +18,16 @@ TITLE = "Elective critical_batch: simple noise scale of a convolutional network 
 PANELS = [
     {
         "axes": {"ylabel": "loss (nats)", "yscale": "log"},
-        "curves": ["train_loss", "test_loss"],
+        "curves": ["train_loss"],
         "references": {"target": "target"},
     },
     {
         "axes": {"ylabel": "simple noise scale (examples)", "yscale": "log"},
-        "curves": ["noise_scale", "mean_noise_scale"],
-        "references": {"critical batch size, from trade.png": "critical_batch"},
+        "curves": ["noise_scale"],
+        "references": {
+            "critical batch size, from trade.png": "critical_batch",
+            "mean noise scale to the target": "noise_scale_to_target",
+        },
     },
 ]
 

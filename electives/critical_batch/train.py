@@ -15,7 +15,7 @@ plain SGD needs to a target loss, and fit the trade between them (trade.png):
     (S / S_min - 1) (E / E_min - 1) = 1        critical batch size = E_min / S_min
 
 At the critical batch size, training takes twice the fewest updates and twice the fewest examples.
-Runs to the target that are finished are kept in out/runs.json, and an interrupted search goes on.
+Finished runs to the target are kept in out/runs.json, where an interrupted search goes on.
 
 Try:     --n_seeds 1 (a quick look), --target 0.1 (does the critical batch size grow as well?)
 Source:  McCandlish et al. 2018, "An empirical model of large-batch training".
@@ -246,13 +246,13 @@ def train(args):
     s_min, e_min = fit_trade(updates)
     save_trade(updates, s_min, e_min, args.out_dir / "trade.png")
 
-    # A run with the largest batch size has little noise. How much smaller batches would have had,
-    # averaged over its updates to the target, predicts the critical batch size.
+    # The mean noise scale over the updates to the target predicts the critical batch size, if every
+    # update makes the same progress: so measure it where noise disturbs them least.
     torch.manual_seed(args.seed)
     batch_size = max(args.batch_sizes)
     batches = minibatches(train_set, batch_size // 2)
     model = ConvNet(10)
-    moments, noise_scales = [], []
+    moments, to_target, reached = [], [], False
     bar = tqdm(range(args.max_iters + 1), total=args.max_iters, disable=None)
     for iter_num in bar:
         if iter_num % args.eval_interval == 0 or iter_num == args.max_iters:
@@ -262,9 +262,11 @@ def train(args):
             if moments:
                 # The ratio of unbiased estimates is biased, the less the more are averaged first.
                 trace, squared_norm = torch.stack(moments).mean(dim=0).tolist()
-                noise_scales.append(trace / squared_norm)
-                record["noise_scale"] = noise_scales[-1]
-                record["mean_noise_scale"] = sum(noise_scales) / len(noise_scales)
+                record["noise_scale"] = trace / squared_norm
+                if not reached:
+                    to_target.append(record["noise_scale"])
+                    reached = record["train_loss"] <= args.target
+                record["noise_scale_to_target"] = sum(to_target) / len(to_target)
                 moments = []
             log_metrics(args, record)
             if iter_num == args.max_iters:
@@ -279,9 +281,9 @@ def train(args):
         weights -= learning_rates[batch_size] * grad
         nn.utils.vector_to_parameters(weights, model.parameters())
 
-    to_target = noise_scales[: math.ceil(updates[batch_size] / args.eval_interval)]
     print(f"critical batch size {e_min / s_min:.0f} = {e_min:.0f} examples / {s_min:.0f} updates")
-    print(f"simple noise scale {sum(to_target) / len(to_target):.0f}, mean to the target")
+    end = "the target" if reached else "the end, before the target"
+    print(f"simple noise scale {record['noise_scale_to_target']:.0f}, mean over updates to {end}")
     print(f"pictures: {plot_run(args.out_dir)} and trade.png")
     return record
 
@@ -312,13 +314,13 @@ def parse_args(argv=None):
     sizes = [16, 32, 64, 128, 256, 512, 1024, 2048]
     flag("--batch_sizes", type=number(int, 2), nargs="+", default=sizes, help="two or more")
     flag = parser.add_argument_group("optimizer").add_argument
-    rates = [0.2, 0.4, 0.1, 0.05]  # a good one first saves time
+    rates = [0.2, 0.3, 0.4, 0.1, 0.05]  # a good one first saves time
     flag("--learning_rates", type=number(float, 0), nargs="+", default=rates, help="to choose from")
     flag("--target", type=number(float, 0), default=0.2, help="training loss to reach, in nats")
     flag("--max_updates", type=number(int, 1), default=10000, help="limit of a run to the target")
     flag("--max_iters", type=number(int, 1), default=400, help="updates while noise is measured")
     flag = parser.add_argument_group("logging").add_argument
-    flag("--eval_interval", type=number(int, 1), default=20, help="iterations between evaluations")
+    flag("--eval_interval", type=number(int, 1), default=10, help="iterations between evaluations")
     flag("--out_dir", type=Path, default=Path(__file__).parent / "out", help="output directory")
     flag = parser.add_argument_group("system").add_argument
     flag("--seed", type=number(int, 0), default=1337, help="first seed of the random numbers")
