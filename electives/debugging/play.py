@@ -84,7 +84,7 @@ def shown(path):
 def start(args):
     """Make the copy, with a bug that --bug or --seed chooses, and print the symptom."""
     numbers = list(range(1, len(bugs_of(args.step)) + 1))
-    if args.bug and args.bug not in numbers:
+    if args.bug is not None and args.bug not in numbers:
         raise argparse.ArgumentTypeError(f"--bug {args.bug}: {args.step} has 1 to {numbers[-1]}")
     if args.dir.exists():
         if not args.overwrite:
