@@ -1,4 +1,4 @@
-"""A run of a step from 01 to 13, with all that it leaves and prints held against its records."""
+"""A run of a step from 01 to 13, with all that it leaves, prints and draws against its records."""
 
 import contextlib
 import io
@@ -17,7 +17,9 @@ def watched_run(step, *flags):
     args, screen = step.parse_args([str(flag) for flag in flags]), io.StringIO()
     args.out_dir.mkdir(exist_ok=True)
     (args.out_dir / "metrics.jsonl").write_text('{"iter": 0}\n')  # of an earlier run: replaced
-    with contextlib.redirect_stdout(screen):
+    plot, figures = step.plot_run.__globals__, []
+    with contextlib.redirect_stdout(screen), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plot["plt"], "close", figures.append)
         final = step.train(args)
     lines = (args.out_dir / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
@@ -37,7 +39,25 @@ def watched_run(step, *flags):
         assert "  ".join(f"{key} {value:.5g}" for key, value in record.items()) in printed
     assert printed[-1] == f"picture: {args.out_dir / 'loss.png'}"
     assert expected_summary(final) == printed[-len(expected_summary(final)) - 1 : -1]
+    check_picture(figures[-1], plot, records)
+    plot["plt"].close(figures[-1])
     return args, records
+
+
+def check_picture(figure, plot, records):
+    """The picture shows every record, each curve under its name, beside the known results."""
+    assert figure.get_suptitle() == plot["TITLE"]
+    assert len(figure.axes) == len(plot["PANELS"])
+    for axis, panel in zip(figure.axes, plot["PANELS"]):
+        expected = {key: [[r["iter"], r[key]] for r in records] for key in panel["curves"]}
+        for label, level in panel["references"].items():
+            level = records[-1][level] if isinstance(level, str) else level
+            expected[f"{label}: {level:.4g}"] = [[0, level], [1, level]]  # from edge to edge
+        assert {line.get_label(): line.get_xydata().tolist() for line in axis.lines} == expected
+        assert [text.get_text() for text in axis.get_legend().get_texts()] == [*expected]
+        assert axis.get_xlabel() == "iteration"
+        assert axis.get_ylabel() == panel["axes"]["ylabel"]
+        assert axis.get_ylim() == panel["axes"].get("ylim", axis.get_ylim())
 
 
 def expected_summary(final):
