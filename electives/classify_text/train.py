@@ -94,12 +94,8 @@ def load_data(args):
     y = (torch.arange(N_VERSES) >= N_OLD).long()
     runs = torch.randperm(math.ceil(N_VERSES / args.run_length))
     tenth = (10 * runs // len(runs)).repeat_interleave(args.run_length)[:N_VERSES]
-    parts = [
-        (tenth > 1).nonzero()[:, 0],
-        (tenth == 1).nonzero()[:, 0],
-        (tenth == 0).nonzero()[:, 0],
-    ]
-    words = {word for i in parts[0].tolist() for word in verses[i]}
+    parts = tenth > 1, tenth == 1, tenth == 0  # training, validation, test
+    words = {word for verse, i in zip(verses, tenth.tolist()) if i > 1 for word in verse}
     vocab = ["<unk>", "<pad>", *sorted(words)]
     ids = encode([word for verse in verses for word in verse], vocab)
     x = pad_sequence(ids.split([len(verse) for verse in verses]), True, PAD)[:, : args.block_size]
@@ -449,17 +445,16 @@ def parse_args(argv=None):
     flag("--n_layer", type=number(int, 0), default=1, help="number of blocks")
     flag("--n_head", type=number(int, 1), default=4, help="attention heads; divides n_embd")
     flag("--n_embd", type=number(int, 1), default=64, help="size of an embedding")
-    flag("--dropout", type=number(float, 0, 0.99), default=0.1, help="usually 0 to 0.5")
-    flag("--word_dropout", type=number(float, 0, 0.99), default=0.5, help="fraction of the words")
+    flag("--dropout", type=number(float, 0, 0.99), default=0, help="usually 0 to 0.5")
+    flag("--word_dropout", type=number(float, 0, 0.99), default=0.5, help="usually 0 to 0.5")
     flag = parser.add_argument_group("optimizer").add_argument
     flag("--learning_rate", type=number(float, 0), default=1e-3, help="peak; usually 1e-4 to 1e-2")
     flag("--warmup_iters", type=number(int, 0), default=200, help="linear warm-up; usually 1-10%%")
     flag("--weight_decay", type=number(float, 0), default=2, help="of matrices; usually 0.01-1")
-    flag("--max_iters", type=number(int, 1), default=2000, help="number of parameter updates")
+    flag("--max_iters", type=number(int, 1), default=4000, help="number of parameter updates")
     flag = parser.add_argument_group("logistic regression").add_argument
     penalties = [1e-4, 3e-5, 1e-5, 3e-6]
-    L2 = number(float, 1e-9)
-    flag("--penalties", type=L2, nargs="+", default=penalties, help="L2, to choose from")
+    flag("--penalties", type=number(float, 1e-9), nargs="+", default=penalties, help="L2, to try")
     flag = parser.add_argument_group("logging").add_argument
     flag("--eval_interval", type=number(int, 1), default=500, help="iterations between evaluations")
     flag("--out_dir", type=Path, default=Path(__file__).parent / "out", help="output directory")
