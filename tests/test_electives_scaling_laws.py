@@ -205,7 +205,7 @@ def test_best_size_is_the_minimum_of_a_parabola():
     budgets = 2.0 ** (np.arange(38, 57) / 2)  # the best N at the largest one is 16384
     points = scaling.compute_optimal(planted_curves(loss, budgets))
     inside = [c for c in budgets[:-10:-1] if 1000 < c**0.5 < 13000]
-    assert [c for c, _, _ in points] == pytest.approx(inside) and len(inside) == 8
+    assert [c for c, _, _ in points] == pytest.approx(inside) and len(inside) == 7
     for c, n, best in points:
         assert n == pytest.approx(c**0.5, rel=0.005)
         assert best == pytest.approx(c**-0.1, rel=1e-4)
@@ -372,7 +372,7 @@ def test_mean_curve_is_geometric_over_the_seeds():
 
 def planted(width, iter_num):
     """Return the loss of networks that obey L = N**-0.75 + T**-0.5, T: updates."""
-    return 20 * scaling.count_params(width) ** -0.75 + 2 * iter_num**-0.5
+    return 20 * (194 * width**2 + 116 * width + 10) ** -0.75 + 2 * iter_num**-0.5
 
 
 @pytest.fixture
@@ -506,23 +506,16 @@ def test_an_interrupted_study_goes_on_as_if_unbroken(study):
     assert study("--n_seeds", "1")[1] == []
 
 
-def test_a_resumed_run_of_real_networks_equals_the_unbroken_one(standins, tmp_path, monkeypatch):
-    """Every run starts from its own seed, whatever was trained or read before it."""
-    monkeypatch.setattr(scaling, "WIDTHS", (2, 3, 6))
-    monkeypatch.setattr(scaling, "N_IMAGES", (20, 50))
-    monkeypatch.setattr(scaling, "plot_run", lambda out_dir: None)
-    monkeypatch.setattr(scaling, "save_fits", lambda points, laws, curves, path: None)
-    results = []
-    for name in ("unbroken", "resumed"):
-        args = args_of(standins, tmp_path / name, *TINY)
-        results.append(scaling.train(args))
-        if name == "resumed":
-            for path in sorted((tmp_path / name / "runs").glob("*.json"))[::2]:
-                path.unlink()
-            results.append(scaling.train(args))
-    for result in results:
-        del result["seconds"]
-    assert results[0] == results[1] == results[2]
+@pytest.mark.parametrize("n_images", [0, 20])
+def test_a_run_depends_on_its_own_seed_alone(n_images, standins):
+    """So a resumed study repeats a run, whatever it trained or read before that."""
+    args = args_of(standins, "out", *TINY)
+    datasets = small_task(args)
+    curves = []
+    for state, seed in ((0, 5), (1, 5), (0, 6)):
+        torch.manual_seed(state)
+        curves.append(scaling.train_network(args, datasets, 2, n_images, 64, seed))
+    assert curves[0] == curves[1] != curves[2]
 
 
 @pytest.mark.parametrize(

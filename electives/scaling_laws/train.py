@@ -11,7 +11,7 @@ laws) are fitted to their test losses: L(N) for N parameters, L(D) for D trainin
 a compute budget C that is spent on the best N. The laws then say which network a larger budget
 should train, and how low its loss will be, before it is trained. Is the prediction within 5%?
 
-Try:     --quick (about a minute), --dropout 0.2 (which exponents change?), --growth 30
+Try:     --quick (about a minute), --dropout 0.2 (which exponents change?), --growth 10
 Source:  Kaplan et al. 2020, "Scaling laws for neural language models"; the best N per budget:
          Hoffmann et al. 2022, "Training compute-optimal large language models", approach 2.
 """
@@ -121,8 +121,7 @@ class ConvNet(nn.Module):
 
 def count_params(width):
     """Return N, the number of parameters of a network."""
-    with torch.device("meta"):  # shapes without numbers
-        return sum(param.numel() for param in ConvNet(width, 10, 0).parameters())
+    return sum(param.numel() for param in ConvNet(width, 10, 0).parameters())
 
 
 def count_flops(width):
@@ -130,16 +129,15 @@ def count_flops(width):
     # A weight is used once per position of its layer's output, for a multiplication and an
     # addition. The backward pass does twice that: the gradients of the inputs and of the weights.
     positions = {"conv_1": 14 * 14, "conv_2": 7 * 7, "hidden": 1, "out": 1}
-    with torch.device("meta"):  # shapes without numbers
-        model = ConvNet(width, 10, 0)
+    model = ConvNet(width, 10, 0)
     return 6 * sum(n * getattr(model, layer).weight.numel() for layer, n in positions.items())
 
 
 # ---------- optimizer ----------
 def average(mean, param, n_averaged):
     """Return the mean of a parameter over all updates, the t-th weighted by about t**8."""
-    # The latest ninth of the updates counts most. Such a mean has a low loss at every iteration,
-    # without learning rate decay: one run shows the loss of all shorter runs, too.
+    # The latest ninth of the updates counts most. The mean has a low loss at every iteration, not
+    # only at the end of a learning rate schedule: one run shows the losses of all shorter ones.
     # (Shamir & Zhang 2013, "Stochastic gradient descent for non-smooth optimization".)
     return mean + (param - mean) * 9 / (n_averaged + 9)
 
@@ -180,7 +178,10 @@ class PowerLaw:
         return self.scale * x**self.exponent
 
     def interval(self):
-        """Return the bootstrap's 95% interval of the exponent."""
+        """Return the bootstrap's 95% interval of the exponent.
+
+        It is too narrow for L(C) and N(C), whose points share their networks.
+        """
         # Fits to as many of the points, drawn at random with replacement: how much do they vary?
         n = len(self.log_x)
         samples = np.random.default_rng(0).integers(n, size=(1000, n))
@@ -199,6 +200,7 @@ def compute_optimal(curves):
     """
     points, edges = [], []
     largest = max(record["flops"] for curve in curves for record in curve)
+    # On smaller budgets, warm-up counts; the loss falls more steeply there than the power law.
     for log_c in np.log(largest) - np.log(2) / 2 * np.arange(9):
         log_n, log_loss = [], []
         for curve in curves:
@@ -231,6 +233,7 @@ def train_network(args, datasets, width, n_images, max_iters, seed):
     With n_images, as many distorted images are seen again and again until the network overfits;
     without, every minibatch is distorted anew: ample data.
     """
+    n_params, flops = count_params(width), count_flops(width) * args.batch_size  # per update
     torch.manual_seed(seed)
     train_set, val_set, test_set = datasets
     if n_images:
@@ -240,16 +243,13 @@ def train_network(args, datasets, width, n_images, max_iters, seed):
     model = ConvNet(width, 10, args.dropout)
     averaged = AveragedModel(model, avg_fn=average)
     optimizer = torch.optim.Adam(model.parameters())
-    eval_iters = {
-        max(1, round(max_iters / 2 ** (k / 2))) for k in range(11)
-    }  # evenly on a log axis
+    eval_iters = {round(max_iters / 2 ** (k / 2)) or 1 for k in range(11)}  # even on a log axis
     curve = []
 
     bar = tqdm(range(max_iters + 1), total=max_iters, disable=None, leave=False)
     for iter_num in bar:
         if iter_num in eval_iters:
-            record = {"iter": iter_num, "n_params": count_params(width)}
-            record["flops"] = count_flops(width) * args.batch_size * iter_num
+            record = {"iter": iter_num, "n_params": n_params, "flops": flops * iter_num}
             record |= evaluate(averaged, val_set, "val") | evaluate(averaged, test_set, "test")
             if not all(map(math.isfinite, record.values())):
                 problem = f"the loss is no longer finite at iteration {iter_num}"
@@ -326,6 +326,7 @@ def train(args):
     torch.manual_seed(args.seed)
     train_set, test_set = load_data(args)
     # Training, validation and test images come from one distribution: that of distorted digits.
+    # Test images only measure the losses that the laws describe, and choose nothing.
     n_val = len(train_set) // 12
     val_set = distort(TensorDataset(*train_set[:n_val]), args)
     test_set = distort(TensorDataset(*test_set[::2]), args)  # every second one, for speed
@@ -360,7 +361,7 @@ def train(args):
     # The prediction is on the disk before the largest network is made.
     budget = args.growth * largest_flops
     log_n = math.log(laws["N(C)"](budget))
-    width = min(range(1, 100), key=lambda w: abs(math.log(count_params(w)) - log_n))
+    width = min(range(1, 50), key=lambda w: abs(math.log(count_params(w)) - log_n))
     n_updates = round(budget / count_flops(width) / args.batch_size)
     final = {name: law.exponent for name, law in laws.items()}
     final |= {"flops": budget, "width": width, "predicted_loss": laws["L(C)"](budget)}
