@@ -5,6 +5,7 @@ in closed form or from PyTorch. A `train` that leaves out an idea of the step ha
 """
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -279,6 +280,14 @@ def test_01_hand_gradient_equals_central_differences():
         up = step_01.loss_fn(step_01.forward(params | {key: params[key] + h}, x), y)
         down = step_01.loss_fn(step_01.forward(params | {key: params[key] - h}, x), y)
         assert grads[key] == pytest.approx((up - down) / (2 * h), rel=1e-6)
+
+
+def test_01_diverges_without_a_warning_of_numpys(tmp_path):
+    flags = "--learning_rate 1e9 --max_iters 60 --eval_interval 60".split()  # inf - inf on the way
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        with pytest.raises(FloatingPointError, match="at iteration 60: lower --learning_rate"):
+            run(step_01, tmp_path, *flags)
 
 
 def test_02_autograd_gives_the_curve_of_the_hand_gradient(tmp_path):
