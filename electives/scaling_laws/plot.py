@@ -17,7 +17,7 @@ TITLE = "Elective scaling_laws: distorted MNIST"
 # Per panel: axes, metrics drawn as curves, horizontal reference lines (label: metric or number).
 PANELS = [
     {
-        "axes": {"ylabel": "test loss (nats)", "xscale": "log", "yscale": "log", "xlim": (8, 1e4)},
+        "axes": {"ylabel": "test loss (nats)", "xscale": "log", "yscale": "log", "xlim": (2, 2e4)},
         "curves": [
             "width_2",
             "width_3",

@@ -292,7 +292,7 @@ def run_once(args, datasets, width, n_images, max_iters, seed):
 
 def save_fits(points, laws, curves, path):
     """Draw points and laws on log axes into the PNG file path, and the largest run as a star."""
-    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
     labels = {
         "L(N)": ("parameters N", "test loss (nats)"),
         "L(D)": ("training images D", "test loss (nats)"),
@@ -372,7 +372,8 @@ def train(args):
     final["measured_loss"] = means["largest"][-1]["test_loss"]
 
     error = final["measured_loss"] / final["predicted_loss"] - 1
-    print(f"measured: {final['measured_loss']:.4f}, {error:+.1%} from the prediction")
+    print(f"measured: {final['measured_loss']:.4f}, {error:+.1%} from the prediction; per seed:")
+    print(*(f"{curve[-1]['test_loss']:.4f}" for curve in largest))
     for name, law in laws.items():
         low, high = law.interval()
         print(f"{name}: exponent {law.exponent:.3f}, 95% interval {low:.3f} to {high:.3f}")
