@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 from itertools import pairwise
 
 import pytest
@@ -445,7 +446,7 @@ def random_bible(monkeypatch):
     )
 
 
-def test_order_is_learned_where_words_alone_say_nothing(monkeypatch, tmp_path):
+def test_order_is_learned_where_words_alone_say_nothing(monkeypatch, tmp_path, capsys):
     bible(monkeypatch, lambda i: "a b" if i < N_OLD else "b a")
     flags = "--max_iters 100 --eval_interval 100 --n_embd 16 --learning_rate 0.02 --penalties 1e-5"
     flags += " --warmup_iters 10"
@@ -453,6 +454,10 @@ def test_order_is_learned_where_words_alone_say_nothing(monkeypatch, tmp_path):
     assert final["words_test_accuracy"] == pytest.approx(final["majority_test_accuracy"])
     assert final["majority_test_accuracy"] == pytest.approx(N_OLD / N, abs=0.06)
     assert final["bigrams_test_accuracy"] == 1
+    p = final["majority_test_accuracy"]
+    error = torch.tensor([1.0] * round(p * 311) + [0.0] * round((1 - p) * 311)).std() / 311**0.5
+    line = rf"majority +{100 * p:.2f} \+- {100 * error:.2f}\n"
+    assert re.search(line, capsys.readouterr().out)
     assert final["test_accuracy"] == final["val_accuracy"] == 1
 
 

@@ -17,6 +17,9 @@ random, and the validation set, which chose the settings of all three models, an
 Neighboring verses share names and topics, which makes this easier than an unseen book would be:
 compare --run_length 30, which holds out 30 verses in a row.
 
+With seed 1337 the test accuracy is 94.3%, of words alone 93.3%, of words and pairs 94.6%, each with
+a standard error of 0.4: the transformer beats the words, and does not beat the pairs.
+
 Try:     --run_length 30 (which of the three models does it cost most?)
          --n_layer 0 (a bag of embeddings: what does attention add?)
          --word_dropout 0 --weight_decay 0 (look at the loss, too)
@@ -443,7 +446,7 @@ def parse_args(argv=None):
     flag("--batch_size", type=number(int, 1), default=64, help="verses per minibatch")
     flag = parser.add_argument_group("model").add_argument
     flag("--block_size", type=number(int, 1), default=102, help="words per verse; more are cut")
-    flag("--n_layer", type=number(int, 0), default=1, help="number of blocks")
+    flag("--n_layer", type=number(int, 0), default=2, help="number of blocks")
     flag("--n_head", type=number(int, 1), default=4, help="attention heads; divides n_embd")
     flag("--n_embd", type=number(int, 1), default=64, help="size of an embedding")
     flag("--dropout", type=number(float, 0, 0.99), default=0, help="usually 0 to 0.5")
@@ -452,7 +455,7 @@ def parse_args(argv=None):
     flag("--learning_rate", type=number(float, 0), default=1e-3, help="peak; usually 1e-4 to 1e-2")
     flag("--warmup_iters", type=number(int, 0), default=200, help="linear warm-up; usually 1-10%%")
     flag("--weight_decay", type=number(float, 0), default=2, help="of matrices; usually 0.01-1")
-    flag("--max_iters", type=number(int, 1), default=4000, help="number of parameter updates")
+    flag("--max_iters", type=number(int, 1), default=3000, help="number of parameter updates")
     flag = parser.add_argument_group("logistic regression").add_argument
     penalties = [1e-4, 3e-5, 1e-5, 3e-6]
     flag("--penalties", type=number(float, 1e-9), nargs="+", default=penalties, help="L2, to try")
