@@ -495,6 +495,7 @@ def test_training_is_adamw_with_warm_up_cosine_and_decay_of_matrices(
         assert written.endswith(f"{heads[-1]}\n{sample}\n\n")
         for p in model.parameters():  # so little training gives no context much weight
             nn.init.normal_(p, std=0.5)
+        model.lm_head.bias.data[0] = 99  # <unk> is never sampled, however likely
         assert step.sample(args, model, vocab) == write_by_hand(name, args, model, vocab)
 
 
@@ -576,8 +577,12 @@ def test_words_are_put_together_as_they_were(step, text):
 
 
 def test_13_writes_after_a_newline_where_the_prompt_is_empty():
-    args = small_args(step_13, "--prompt", " ", "--max_new_tokens", "0")
-    assert step_13.sample(args, small_gpt(), ["<unk>", "\n", "a"]) == "\n"
+    flags, vocab = ["--max_new_tokens", "9", "--top_k"], ["<unk>", "\n", *map(str, range(28))]
+    newline = small_args(step_13, "--prompt", "\n", *flags, "29")
+    expected = write_by_hand("13", newline, small_gpt(), vocab)
+    for top_k in ("0", "29", "40"):  # all words, also where there are fewer
+        args = small_args(step_13, "--prompt", " ", *flags, top_k)
+        assert step_13.sample(args, small_gpt(), vocab) == expected
 
 
 # ---------- bad input ----------
