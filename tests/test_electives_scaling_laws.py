@@ -378,9 +378,9 @@ def planted(width, iter_num):
 @pytest.fixture
 def study(standins, tmp_path, monkeypatch):
     """A function that runs the study on planted losses; it returns its result and the runs."""
-    out_dir = tmp_path / "out"
-    monkeypatch.setattr(scaling, "plot_run", lambda out_dir: out_dir / "loss.png")
-    monkeypatch.setattr(scaling, "save_fits", lambda points, laws, curves, path: None)
+    out_dir, pictures = tmp_path / "out", []
+    monkeypatch.setattr(scaling, "plot_run", lambda out_dir: pictures.append(out_dir))
+    monkeypatch.setattr(scaling, "save_fits", lambda *drawn: pictures.append(drawn))
 
     def run(*flags, fail_at=None, surprise=1.0):
         calls = []
@@ -406,7 +406,7 @@ def study(standins, tmp_path, monkeypatch):
         monkeypatch.setattr(scaling, "train_network", train_network)
         return scaling.train(args_of(standins, out_dir, *flags)), calls
 
-    run.out_dir = out_dir
+    run.out_dir, run.pictures = out_dir, pictures
     return run
 
 
@@ -605,6 +605,13 @@ def test_mean_learning_curves_are_logged(study):
     final, calls = study("--n_seeds", "3")
     records = [json.loads(x) for x in (study.out_dir / "metrics.jsonl").read_text().splitlines()]
     assert records[-1] == final
+    (points, laws, means, path), out_dir = study.pictures
+    assert (path, out_dir) == (study.out_dir / "fits.png", study.out_dir)
+    assert {name: law.exponent for name, law in laws.items()}.items() <= final.items()
+    assert len(points["L(N)"]) == 15 and len(points["L(C)"]) == len(points["N(C)"]) <= 9
+    assert list(means)[-1] == "largest"
+    saved = json.loads((study.out_dir / "args.json").read_text())
+    assert (saved["seed"], saved["torch"], saved["device"]) == (1337, torch.__version__, "cpu")
     names = {f"width_{w}": w for w in scaling.WIDTHS} | {"largest": calls[-1][0]}
     for name, width in names.items():
         curve = {r["iter"]: r[name] for r in records if name in r}
