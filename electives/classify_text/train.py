@@ -17,8 +17,9 @@ random, and the validation set, which chose the settings of all three models, an
 Neighboring verses share names and topics, which makes this easier than an unseen book would be:
 compare --run_length 30, which holds out 30 verses in a row.
 
-With seed 1337 the test accuracy is 94.3%, of words alone 93.3%, of words and pairs 94.6%, each with
-a standard error of 0.4: the transformer beats the words, and does not beat the pairs.
+The test accuracy with seed 1337 is 94.3%, of words alone 93.3%, of words and pairs 94.6%, each with
+a standard error of 0.4; the means of seeds 1337, 1 and 2 are 94.4, 93.7 and 94.7%. So many verses
+let the transformer beat the words, but not the pairs.
 
 Try:     --run_length 30 (which of the three models does it cost most?)
          --n_layer 0 (a bag of embeddings: what does attention add?)
