@@ -1,17 +1,21 @@
 """Elective dropout: the layer is nn.Dropout, and every regularizer does what it says."""
 
 import copy
+import io
 import json
+import platform
 import types
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from runs import check_picture
 from steps import load_step
+from torchvision.io import read_image
 
 dropout, step_07, step_09 = (load_step(name) for name in ("electives/dropout", "07", "09"))
-TINY = "--max_iters 8 --eval_interval 4 --val_interval 2 --batch_size 16 --n_hidden 16 --n_train 50"
+TINY = "--max_iters 8 --eval_interval 3 --val_interval 2 --batch_size 16 --n_hidden 16 --n_train 50"
 
 
 def run(data_dir, out_dir, *flags):
@@ -85,6 +89,16 @@ def test_mlp_drops_the_units_of_every_hidden_layer_with_this_layer(monkeypatch):
     assert [y.shape for y in seen] == [(5, 8), (5, 8)]
 
 
+def test_hidden_weights_have_variance_2_over_n_and_all_else_is_zero():
+    torch.manual_seed(0)
+    model = dropout.MLP(784, 500, 2, 10, 0.5).requires_grad_(False)
+    assert [layer.weight.shape for layer in model.hidden] == [(500, 784), (500, 500)]
+    for layer in model.hidden:
+        assert layer.weight.var() * layer.weight.shape[1] == pytest.approx(2, rel=0.05)
+        assert not layer.bias.any()
+    assert model.out.weight.shape == (10, 500) and not any(p.any() for p in model.out.parameters())
+
+
 # ---------- the other regularizers ----------
 
 
@@ -101,6 +115,14 @@ def test_augmentation_is_that_of_step_09():
 @pytest.fixture(scope="module")
 def data(standins):
     return dropout.load_data(dropout.parse_args(["--data_dir", str(standins)]))
+
+
+def test_images_are_normalized_by_the_training_images(data, standins):
+    raw = [dropout.MNIST(standins, train=train) for train in (True, False)]
+    x = [images.data.flatten(1).float() for images in raw]
+    for dataset, images, labels in zip(data, x, (images.targets for images in raw)):
+        torch.testing.assert_close(dataset.tensors[0], (images - x[0].mean()) / x[0].std())
+        assert torch.equal(dataset.tensors[1], labels)
 
 
 def new_run(name, train_set, *flags, seed=3):
@@ -163,10 +185,34 @@ def test_early_stopping_keeps_the_parameters_of_the_lowest_loss(data, monkeypatc
 # ---------- training ----------
 
 
-def test_training_is_that_of_torchs_layers_and_gradients(standins, tmp_path):
-    """Every regularizer in the equations of a textbook, on the same random numbers."""
+def test_training_is_that_of_torchs_layers_and_gradients(standins, tmp_path, monkeypatch, capsys):
+    """Every regularizer in the equations of a textbook, on the same random numbers.
+
+    So is everything logged, printed and drawn.
+    """
+    bars, figures, start = [], [], dropout.time.perf_counter()
+
+    class Bar(dropout.tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs | {"disable": False, "file": io.StringIO()})
+            bars.append(self)
+
+    monkeypatch.setattr(dropout, "tqdm", Bar)
+    plot = dropout.plot_run.__globals__
+    monkeypatch.setattr(plot["plt"], "close", figures.append)
     flags = "--n_seeds 2 --weight_decay 0.1 --dropout 0.4 --shift 3 --patience 1"
-    args, records = run(standins, tmp_path, *TINY.split(), *flags.split())
+    args, records = run(standins, tmp_path / "new" / "out", *TINY.split(), *flags.split())
+    seconds = [record["seconds"] for record in records]
+    end = dropout.time.perf_counter() - start
+    assert 0 < seconds[0] < seconds[1] < seconds[2] < seconds[3] < end
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1] == f"picture: {args.out_dir / 'loss.png'}"
+    check_picture(figures[-1], plot, records)
+    plot["plt"].close(figures[-1])
+    saved = json.loads((args.out_dir / "args.json").read_text())
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "device": "cpu"}
+    assert saved == json.loads(json.dumps(vars(args), default=str)) | versions
+
     torch.manual_seed(args.seed)
     train_set, test_set = dropout.load_data(args)
     runs = [
@@ -175,11 +221,38 @@ def test_training_is_that_of_torchs_layers_and_gradients(standins, tmp_path):
         for i in range(2)
     ]
     names = [name for name in dropout.REGULARIZERS for _ in range(2)]
-    for iter_num in range(8):
+
+    def measure(model, dataset):
+        x, y = dataset.tensors
+        for layer in model.hidden:
+            x = F.relu(layer(x))
+        logits = model.out(x)
+        return F.cross_entropy(logits, y).item(), (logits.argmax(1) == y).float().mean()
+
+    logged = iter(records)
+    for iter_num in range(9):
+        if iter_num in (0, 3, 6, 8):
+            expected = {"iter": iter_num}
+            for name in dropout.REGULARIZERS:
+                same = [one for one, its_name in zip(runs, names) if its_name == name]
+                models = [one.kept if name == "early_stopping" else one.model for one in same]
+                losses, accuracies = zip(*(measure(model, test_set) for model in models))
+                trained = [measure(model, one.train_set)[0] for model, one in zip(models, same)]
+                expected[f"{name}_train_loss"] = sum(trained) / 2
+                expected[f"{name}_test_loss"] = sum(losses) / 2
+                expected[f"{name}_test_accuracy"] = torch.stack(accuracies).mean().item()
+                expected[f"{name}_spread"] = torch.stack(accuracies).std().item()
+            record = next(logged)
+            assert "  ".join(f"{key} {value:.5g}" for key, value in record.items()) in printed
+            assert record.keys() == expected.keys() | {"seconds"}
+            for key, value in expected.items():
+                close = {"abs": 0.006} if "accuracy" in key or "spread" in key else {"rel": 1e-3}
+                assert record[key] == pytest.approx(value, **close)
+        if iter_num == 8:
+            break
         for one, name in zip(runs, names):
             if name == "early_stopping" and iter_num % 2 == 0:
-                x, y = one.val_set.tensors
-                one.val_losses.append(F.cross_entropy(one.model.eval()(x), y).item())
+                one.val_losses.append(measure(one.model, one.val_set)[0])
                 if min(one.val_losses) == one.val_losses[-1]:
                     one.kept = copy.deepcopy(one.model)
         for one, name in zip(runs, names):
@@ -195,29 +268,16 @@ def test_training_is_that_of_torchs_layers_and_gradients(standins, tmp_path):
                 mask = (torch.rand(h.shape) >= one.model.dropout.p).float()
                 if name in ("dropout", "combined"):
                     h = h * mask / 0.6
-            loss = F.cross_entropy(one.model.out(h), y)
+            shown = loss = F.cross_entropy(one.model.out(h), y)
             params = list(one.model.parameters())
             if name in ("weight_decay", "combined"):
                 loss = loss + 0.1 / 2 * sum((p**2).sum() for p in params)
             for p, grad in zip(params, torch.autograd.grad(loss, params)):
                 p.data -= args.learning_rate * grad
-    final = records[-1]
-    for name in dropout.REGULARIZERS:
-        accuracies, losses, train_losses = [], [], []
-        for one in (one for one, its_name in zip(runs, names) if its_name == name):
-            model = (one.kept if name == "early_stopping" else one.model).eval()
-            x, y = test_set.tensors
-            logits = model(x)
-            accuracies.append((logits.argmax(1) == y).float().mean())
-            losses.append(F.cross_entropy(logits, y).item())
-            x, y = one.train_set.tensors
-            train_losses.append(F.cross_entropy(model(x), y).item())
-        assert final[f"{name}_train_loss"] == pytest.approx(sum(train_losses) / 2, rel=1e-3)
-        assert final[f"{name}_test_loss"] == pytest.approx(sum(losses) / 2, rel=1e-3)
-        accuracy, spread = torch.stack(accuracies).mean(), torch.stack(accuracies).std()
-        assert final[f"{name}_test_accuracy"] == pytest.approx(accuracy.item(), abs=0.004)
-        assert final[f"{name}_spread"] == pytest.approx(spread.item(), abs=0.006)
-    assert len({final[f"{name}_test_loss"] for name in dropout.REGULARIZERS}) == 6
+    assert len({record[f"{name}_test_loss"] for name in dropout.REGULARIZERS}) == 6
+    (bar,) = bars
+    assert (bar.n, bar.total) == (8, 8)
+    assert float(bar.postfix.removeprefix("loss=")) == pytest.approx(shown.item(), rel=1e-3)
 
 
 def test_summary_is_the_mean_and_the_standard_deviation_over_seeds(data, monkeypatch):
@@ -235,32 +295,37 @@ def test_summary_is_the_mean_and_the_standard_deviation_over_seeds(data, monkeyp
     assert dropout.summarize(runs[:1], None, "x")["x_spread"] == 0
 
 
-def test_test_images_are_never_trained_on_nor_stop_the_training(standins, tmp_path, monkeypatch):
-    flags = [*TINY.split(), "--n_seeds", "1", "--patience", "2"]
-    honest = run(standins, tmp_path / "honest", *flags)[1][-1]
-    real = dropout.load_data
+def test_the_final_table_and_the_picture_of_the_spread(standins, tmp_path, monkeypatch, capsys):
+    figures, real = [], dropout.Figure
+    monkeypatch.setattr(dropout, "Figure", lambda **k: figures.append(real(**k)) or figures[-1])
+    drawn, save = {}, dropout.save_spread
 
-    def load_data(args):
-        train_set, test_set = real(args)
-        x, y = test_set.tensors
-        return train_set, dropout.TensorDataset(1 - x, y)
+    def save_spread(runs, path):
+        drawn.update({name: [one.test_accuracy for one in group] for name, group in runs.items()})
+        save(runs, path)
 
-    monkeypatch.setattr(dropout, "load_data", load_data)
-    replaced = run(standins, tmp_path / "replaced", *flags)[1][-1]
+    monkeypatch.setattr(dropout, "save_spread", save_spread)
+    (tmp_path / "metrics.jsonl").write_text('{"iter": 9}\n')  # of an earlier run: replaced
+    _, records = run(standins, tmp_path, *TINY.split(), "--n_seeds", "2")
+    assert [record["iter"] for record in records] == [0, 3, 6, 8]
+    final, table = records[-1], []
     for name in dropout.REGULARIZERS:
-        assert replaced[f"{name}_train_loss"] == honest[f"{name}_train_loss"]
-        assert replaced[f"{name}_test_loss"] != honest[f"{name}_test_loss"]
+        accuracy, spread = final[f"{name}_test_accuracy"], final[f"{name}_spread"]
+        gain = accuracy - final["none_test_accuracy"]
+        table.append(f"{name:15} test accuracy {accuracy:.2%} +- {spread:.2%}, gain {gain:+.2%}")
+    assert capsys.readouterr().out.splitlines()[-7:-1] == table
 
-
-def test_the_final_table_and_the_picture_of_the_spread(standins, tmp_path, capsys):
-    final = run(standins, tmp_path, *TINY.split(), "--n_seeds", "2")[1][-1]
-    lines = capsys.readouterr().out.splitlines()
-    for name in dropout.REGULARIZERS:
-        (line,) = (line for line in lines if line.startswith(f"{name} "))
-        accuracy = final[f"{name}_test_accuracy"]
-        assert f" {accuracy:.2%} " in line and f"{final[f'{name}_spread']:.2%}" in line
-        assert f"{accuracy - final['none_test_accuracy']:+.2%}" in line
-    assert (tmp_path / "spread.png").read_bytes().startswith(b"\x89PNG")
+    (axis,) = figures[0].axes
+    assert list(drawn) == [label.get_text() for label in axis.get_yticklabels()]
+    assert axis.get_yticks().tolist() == list(range(6))
+    assert axis.yaxis_inverted()  # the first on top
+    assert "test accuracy" in axis.get_xlabel()
+    for row, (name, accuracies) in enumerate(drawn.items()):
+        dots, mean = axis.lines[2 * row : 2 * row + 2]
+        assert dots.get_xydata().tolist() == [[accuracy, row] for accuracy in accuracies]
+        assert (dots.get_linestyle(), dots.get_marker(), mean.get_marker()) == ("None", "o", "|")
+        assert mean.get_xydata().tolist() == [[pytest.approx(final[f"{name}_test_accuracy"]), row]]
+    assert read_image(str(tmp_path / "spread.png")).shape[1:] == (320, 560)
 
 
 @pytest.mark.data

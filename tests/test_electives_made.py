@@ -1,12 +1,15 @@
 """Elective made: no pixel depends on itself or a later one, and the probabilities sum to 1."""
 
+import io
 import itertools
 import json
 import math
+import platform
 
 import pytest
 import torch
 import torch.nn as nn
+from runs import check_picture
 from steps import load_step
 from torch.distributions import Bernoulli
 from torchvision.io import read_image
@@ -50,6 +53,21 @@ def test_a_pixel_depends_on_all_before_it_and_on_no_other(order, n_layer, seed):
     depends = (jacobian != 0).any(dim=0)
     before = torch.tensor([[i < j for i in model.position] for j in model.position])
     assert torch.equal(depends, before)
+
+
+@pytest.mark.parametrize("n_layer", [0, 1, 3])
+def test_the_network_is_torchs_with_masked_weights(n_layer):
+    model, x = new_model(9, 32, n_layer), torch.rand(5, 9)
+    copies = []
+    for layer in (*model.hidden, model.out, model.direct):
+        n_out, n_in = layer.weight.shape
+        assert layer.mask.shape == (n_out, n_in) and set(layer.mask.unique().tolist()) <= {0, 1}
+        copies.append(nn.Linear(n_in, n_out))
+        copies[-1].weight.data = torch.where(layer.mask == 1, layer.weight, 0)
+        copies[-1].bias.data = layer.bias.data
+    *hidden, out, direct = copies
+    reference = nn.Sequential(*(part for layer in hidden for part in (layer, nn.ReLU())), out)
+    torch.testing.assert_close(model(x), reference(x) + direct(x))
 
 
 @pytest.mark.parametrize("n_layer", [1, 2, 3])
@@ -96,6 +114,24 @@ def test_probabilities_of_all_images_sum_to_1(order, n_layer):
     assert log_p.std() > 0.5
 
 
+def test_images_of_one_pixel_have_a_probability_too():
+    model = new_model(1, 4, 1).requires_grad_(False)
+    assert model.log_likelihood(all_images(1)).exp().sum().item() == pytest.approx(1)
+
+
+def test_likelihood_of_large_logits_is_finite():
+    model = new_model(3, 4, 0, "raster").requires_grad_(False)
+    model.direct.weight.zero_()
+    model.out.weight.zero_()
+    for bias in (-200.0, 200.0):
+        model.out.bias.fill_(bias)
+        model.direct.bias.zero_()
+        x = torch.tensor([[0.0, 0, 0], [1, 1, 1]])
+        expected = torch.tensor([0.0, -600.0])
+        expected = expected if bias < 0 else expected.flip(0)
+        torch.testing.assert_close(model.log_likelihood(x), expected)
+
+
 def test_likelihood_is_the_product_of_the_pixels_probabilities():
     model = new_model(4, 16, 1).requires_grad_(False)
     x = all_images(4)
@@ -114,11 +150,6 @@ def test_evaluation_averages_the_probabilities_of_all_masks():
     dataset = made.TensorDataset(x, torch.zeros(512))
     measured = made.evaluate(model, dataset, "some", 3)
     assert measured == {"some_loss": pytest.approx(-p.log().mean().item(), rel=1e-5)}
-    singly = [
-        made.evaluate(model, made.TensorDataset(image[None], torch.zeros(1)), "one", 3)["one_loss"]
-        for image in x
-    ]
-    assert sum(math.exp(-loss) for loss in singly) == pytest.approx(1, abs=1e-4)
 
 
 # ---------- sampling ----------
@@ -151,8 +182,16 @@ def test_known_pixels_are_kept_and_the_others_follow_from_them():
     torch.testing.assert_close(counts / 20_000, p / p.sum(), rtol=0, atol=0.015)
 
 
-def test_pictures_show_samples_and_completions_of_test_images(tmp_path):
-    model = new_model(784, 8, 1, "raster")
+def test_pictures_show_samples_and_completions_of_test_images(tmp_path, monkeypatch):
+    model = new_model(784, 8, 1, "random", seed=1)
+    position = new_model(784, 8, 1, "random", seed=0).position  # the pictures are of this order
+    known = position < 392
+
+    def sample(model, x, n_known):  # in place of 784 passes
+        assert torch.equal(model.position, position)
+        return torch.where(position < n_known, x, torch.rand(x.shape).round())
+
+    monkeypatch.setattr(made, "sample", sample)
     torch.manual_seed(0)
     x = torch.rand(12, 784).bernoulli()
     made.save_pictures(model, made.TensorDataset(x, torch.zeros(12)), tmp_path)
@@ -162,11 +201,11 @@ def test_pictures_show_samples_and_completions_of_test_images(tmp_path):
     )  # (10, 10, 28, 28) each
     assert samples.shape == completions.shape == (10, 10, 28, 28)
     assert set(samples.unique().tolist()) == {0, 1}
-    images = x[:10].view(10, 28, 28)
-    assert torch.equal(completions[:, 0], images)
-    assert torch.equal(completions[:, :, :14], images[:, None, :14].expand(-1, 10, -1, -1))
-    assert (completions[:, 1, 14:] - 0.5).abs().max() < 0.01
-    rest = completions[:, 2:, 14:].flatten(2)
+    completions = completions.flatten(2)  # (10, 10, 784)
+    assert torch.equal(completions[:, 0], x[:10])
+    assert (completions[:, 1:, known] == x[:10, None, known]).all()
+    assert (completions[:, 1, ~known] - 0.5).abs().max() < 0.01
+    rest = completions[:, 2:, ~known]
     assert set(rest.unique().tolist()) == {0, 1}
     assert not any(torch.equal(*pair) for row in rest for pair in itertools.combinations(row, 2))
 
@@ -174,40 +213,92 @@ def test_pictures_show_samples_and_completions_of_test_images(tmp_path):
 # ---------- training ----------
 
 
-@pytest.mark.parametrize("flags", ["--n_masks 1", "--n_masks 3 --order random --n_layer 2"])
-def test_training_maximizes_the_likelihood_of_images_sampled_anew(flags, standins, tmp_path):
-    flags += " --max_iters 12 --eval_interval 6 --learning_rate 0.02 --warmup_iters 2"
-    flags += " --batch_size 32 --n_hidden 16"
-    args, records = run(standins, tmp_path, *flags.split())
+def nll(model, x, n_masks):
+    """Return the mean negative log-likelihood of images x (B, D) by torch's own loss."""
+    log_p = []
+    for seed in range(n_masks):
+        model.set_masks(seed)
+        bce = nn.functional.binary_cross_entropy_with_logits(model(x), x, reduction="none")
+        log_p.append(-bce.sum(1))
+    return -(torch.stack(log_p).logsumexp(0) - math.log(n_masks)).mean()
+
+
+@pytest.mark.parametrize("flags", ["--n_masks 1 --warmup_iters 2", "--n_masks 2 --order random"])
+def test_training_maximizes_the_likelihood_of_images_sampled_anew(
+    flags, standins, tmp_path, monkeypatch, capsys
+):
+    """Everything logged, printed and drawn is that of torch's Adam on the same random numbers."""
+    flags += " --max_iters 8 --eval_interval 3 --learning_rate 0.02 --batch_size 300 --n_hidden 16"
+    bars, pictures, figures, start = [], [], [], made.time.perf_counter()
+
+    class Bar(made.tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs | {"disable": False, "file": io.StringIO()})
+            bars.append(self)
+
+    monkeypatch.setattr(made, "tqdm", Bar)
+    monkeypatch.setattr(made, "save_pictures", lambda *args: pictures.append(args))
+    plot = made.plot_run.__globals__
+    monkeypatch.setattr(plot["plt"], "close", figures.append)
+    out_dir = tmp_path / "new" / "out"
+    if "random" in flags:  # an earlier run's metrics are replaced
+        out_dir.mkdir(parents=True)
+        (out_dir / "metrics.jsonl").write_text('{"iter": 9}\n')
+    args, records = run(standins, out_dir, *flags.split())
+    printed = capsys.readouterr().out.splitlines()
+    assert [record["iter"] for record in records] == [0, 3, 6, 8]
+    seconds = [record["seconds"] for record in records]
+    assert 0 < seconds[0] < seconds[1] < seconds[2] < seconds[3] < made.time.perf_counter() - start
+
     torch.manual_seed(args.seed)
     train_set, test_set = made.load_data(args)
-    batches = made.minibatches(train_set, 32)
+    batches = made.minibatches(train_set, 300)
     model = made.MADE(784, 16, args.n_layer, args.order)
     mean_image = train_set.tensors[0].mean(0).clamp(1e-3, 1 - 1e-3)
     model.out.bias.data = (mean_image / (1 - mean_image)).log()
-    start = Bernoulli(mean_image).log_prob(test_set.tensors[0]).sum(1).mean().item()
-    assert records[0]["test_loss"] == pytest.approx(-start, rel=1e-4)
+    begin = Bernoulli(mean_image).log_prob(test_set.tensors[0]).sum(1).mean().item()
+    assert records[0]["test_loss"] == pytest.approx(-begin, rel=1e-4)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate)
-    for i in range(12):
-        factor = i / 2 if i < 2 else (1 + math.cos(math.pi * (i - 2) / 10)) / 2
-        optimizer.param_groups[0]["lr"] = factor * args.learning_rate
-        model.set_masks(i % args.n_masks)
-        x = next(batches)[0].bernoulli()
-        optimizer.zero_grad()
-        (-model.log_likelihood(x).mean()).backward()
-        optimizer.step()
-    train_set = made.TensorDataset(*train_set[: len(test_set)])
-    for name, dataset in (("train", train_set), ("test", test_set)):
-        expected = made.evaluate(model, dataset, name, args.n_masks)[f"{name}_loss"]
-        assert records[-1][f"{name}_loss"] == pytest.approx(expected, rel=1e-4)
-    assert records[-1]["train_loss"] < 0.99 * records[0]["train_loss"]
+    warmup = min(args.warmup_iters, 7)  # the rate falls at least once
+    logged = iter(records)
+    for i in range(9):
+        rising, falling = i / warmup, (1 + math.cos(math.pi * (i - warmup) / (8 - warmup))) / 2
+        rate = args.learning_rate * (rising if i < warmup else falling)
+        if i in (0, 3, 6, 8):
+            with torch.no_grad(), torch.random.fork_rng([]):
+                torch.manual_seed(0)
+                x = train_set.tensors[0][: len(test_set)].bernoulli()
+                expected = {"iter": i, "learning_rate": rate}
+                expected["train_loss"] = nll(model, x, args.n_masks).item()
+                expected["test_loss"] = nll(model, test_set.tensors[0], args.n_masks).item()
+            record = next(logged)
+            assert "  ".join(f"{key} {value:.5g}" for key, value in record.items()) in printed
+            expected["seconds"] = record["seconds"]
+            assert record == pytest.approx(expected, rel=1e-4, abs=1e-9)
+        if i < 8:
+            optimizer.param_groups[0]["lr"] = rate
+            x = next(batches)[0].bernoulli()
+            model.set_masks(i % args.n_masks)
+            loss = nn.functional.binary_cross_entropy_with_logits(model(x), x) * 784
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert records[3]["train_loss"] < 0.99 * records[0]["train_loss"]
 
+    assert (bars[0].n, bars[0].total) == (8, 8)
+    assert float(bars[0].postfix.removeprefix("loss=")) == pytest.approx(loss.item(), rel=1e-4)
 
-def test_evaluation_leaves_training_as_it_is(standins, tmp_path):
-    flags = "--max_iters 4 --batch_size 32 --n_hidden 16 --n_masks 2".split()
-    often = run(standins, tmp_path / "often", *flags, "--eval_interval", "1")[1][-1]
-    once = run(standins, tmp_path / "once", *flags, "--eval_interval", "4")[1][-1]
-    assert {**often, "seconds": 0} == {**once, "seconds": 0}
+    ((trained, images, out_dir),) = pictures
+    assert torch.equal(images.tensors[0], test_set.tensors[0]) and out_dir == args.out_dir
+    loss = nll(trained, images.tensors[0], args.n_masks).item()  # it is the final model
+    assert loss == pytest.approx(records[3]["test_loss"], rel=1e-5)
+    summary = f"test NLL {records[3]['test_loss']:.2f} nats after {seconds[3]:.0f} s"
+    assert printed[-2:] == [summary, f"picture: {args.out_dir / 'loss.png'}"]
+    check_picture(figures[-1], plot, records)
+    plot["plt"].close(figures[-1])
+    saved = json.loads((args.out_dir / "args.json").read_text())
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "device": "cpu"}
+    assert saved == json.loads(json.dumps(vars(args), default=str)) | versions
 
 
 def test_training_images_are_brightness_and_test_images_one_sample(standins):
@@ -217,7 +308,8 @@ def test_training_images_are_brightness_and_test_images_one_sample(standins):
     assert torch.equal(train_set.tensors[0], raw[0])
     x = test_set.tensors[0]
     assert set(x.unique().tolist()) == {0, 1}
-    assert torch.equal(x, made.load_data(args)[1].tensors[0])  # the same at every seed
+    # The same at every seed, and the images that the README's results are of.
+    assert torch.equal(x, raw[1].bernoulli(generator=torch.Generator().manual_seed(0)))
     assert not x[raw[1] == 0].any() and x[raw[1] == 1].all()
     between = (raw[1] > 0.4) & (raw[1] < 0.6)
     assert abs(x[between].mean() - raw[1][between].mean()) < 0.03
