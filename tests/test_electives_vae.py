@@ -1,11 +1,15 @@
 """Elective vae: the bounds are bounds, the gradients right, and training maximizes them."""
 
+import itertools
 import json
 import math
+import platform
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn as nn
+from runs import Idle
 from steps import load_step
 from torch.distributions import Bernoulli, MultivariateNormal, Normal, kl_divergence
 from torchvision.io import read_image
@@ -20,6 +24,17 @@ def new_model(n_inputs=6, n_hidden=16, n_layer=1, n_latent=3, scale=0.5):
     for param in model.parameters():
         nn.init.normal_(param, std=scale)
     return model
+
+
+def bound_by_torch(model, x, k):
+    """Return the bound of each image by torch's distributions, on the same random numbers."""
+    mean, log_std = model.encoder(x).chunk(2, dim=1)
+    q, p = Normal(mean, log_std.exp()), Normal(torch.zeros_like(mean), torch.ones_like(mean))
+    z = mean + q.stddev * torch.randn(k, *mean.shape)
+    likelihood = Bernoulli(logits=model.decoder(z)).log_prob(x).sum(-1)
+    if k == 1:
+        return likelihood[0] - kl_divergence(q, p).sum(-1)
+    return (likelihood + (p.log_prob(z) - q.log_prob(z)).sum(-1)).logsumexp(0) - math.log(k)
 
 
 def run(data_dir, out_dir, *flags):
@@ -51,18 +66,11 @@ def test_bound_is_that_of_torchs_distributions(k):
     model, x = new_model(), torch.rand(5, 6).double().bernoulli()
     torch.manual_seed(1)
     ours = model(x, k)
-    mean, log_std = model.encoder(x).split(3, dim=1)
     torch.manual_seed(1)
-    z = mean + log_std.exp() * torch.randn(k, 5, 3)
-    q, p = Normal(mean, log_std.exp()), Normal(torch.zeros(3), torch.ones(3))
+    torch.testing.assert_close(ours, bound_by_torch(model, x, k))
+    z = torch.randn(k, 5, 3).double()
     likelihood = Bernoulli(logits=model.decoder(z)).log_prob(x).sum(-1)
     torch.testing.assert_close(model.log_likelihood(x, z), likelihood)
-    if k == 1:
-        expected = likelihood[0] - kl_divergence(q, p).sum(-1)
-    else:
-        weights = likelihood + (p.log_prob(z) - q.log_prob(z)).sum(-1)
-        expected = weights.exp().mean(0).log()
-    torch.testing.assert_close(ours, expected, check_dtype=False)
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -132,11 +140,26 @@ def test_bound_meets_the_exact_likelihood_of_a_linear_gaussian_model():
     torch.testing.assert_close(bounds[2], exact.mean(), rtol=0, atol=0.01)
 
 
-def test_encoder_and_decoder_are_perceptrons_with_silu():
-    model, x = new_model(n_layer=2), torch.randn(5, 6).double()
-    layers = [nn.Sequential(layer, nn.SiLU()) for layer in model.encoder.hidden]
-    torch.testing.assert_close(model.encoder(x), nn.Sequential(*layers, model.encoder.out)(x))
-    assert model.decoder(torch.randn(5, 3).double()).shape == (5, 6)
+@pytest.mark.parametrize("n_layer", [0, 1, 2])
+def test_encoder_and_decoder_are_perceptrons_with_silu_and_dropout(n_layer):
+    torch.manual_seed(0)
+    model = vae.VAE(70, 80, n_layer, 30, 0.5)
+    for mlp, n_in, n_out in ((model.encoder, 70, 2 * 30), (model.decoder, 30, 70)):
+        sizes = [n_in, *n_layer * [80], n_out]
+        layers = [*mlp.hidden, mlp.out]
+        assert [(x.in_features, x.out_features) for x in layers] == [*itertools.pairwise(sizes)]
+        assert not any(x.bias.any() for x in layers) and not mlp.out.weight.any()
+        for layer in mlp.hidden:  # He initialization, of about the right spread
+            assert 0.9 < layer.weight.std() / (2 / layer.in_features) ** 0.5 < 1.1
+        nn.init.normal_(mlp.out.weight)
+        nn.init.normal_(mlp.out.bias)
+        parts = [part for x in mlp.hidden for part in (x, nn.SiLU(), nn.Dropout(0.5))]
+        reference, x = nn.Sequential(*parts, mlp.out), torch.randn(5, n_in)
+        for training in (True, False):
+            torch.manual_seed(1)
+            ours = mlp.train(training)(x)
+            torch.manual_seed(1)
+            torch.testing.assert_close(ours, reference.train(training)(x))
 
 
 def test_likelihood_of_extreme_logits_is_finite():
@@ -151,50 +174,91 @@ def test_likelihood_of_extreme_logits_is_finite():
 # ---------- training ----------
 
 
-@pytest.mark.parametrize("k", [1, 3])
-def test_training_maximizes_the_bound_of_images_sampled_anew(k, standins, tmp_path):
-    flags = f"--k {k} --max_iters 42 --eval_interval 21 --learning_rate 0.02 --eval_k 4"
-    flags += " --batch_size 32 --n_hidden 16 --n_latent 4 --warmup_iters 2"
-    args, records = run(standins, tmp_path, *flags.split())
+@pytest.mark.parametrize(("k", "flags"), [(1, "--dropout 0.2"), (3, "--seed 5")])
+def test_training_maximizes_the_bound_of_images_sampled_anew(
+    k, flags, standins, tmp_path, monkeypatch, capsys
+):
+    """Everything logged, printed and drawn is that of torch's Adam on the same random numbers."""
+    flags += f" --k {k} --max_iters 8 --eval_interval 3 --eval_k 4 --learning_rate 0.02"
+    flags += " --warmup_iters 2 --batch_size 300 --n_hidden 16 --n_latent 4"
+    pictures, figures, clock = [], [], itertools.count(100)
+    monkeypatch.setattr(vae, "save_pictures", lambda *args: pictures.append(args))
+    monkeypatch.setattr(vae, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    plot = vae.plot_run.__globals__
+    monkeypatch.setattr(plot["plt"], "close", figures.append)
+    args, records = run(standins, tmp_path / "new" / "out", *flags.split())
+    printed = capsys.readouterr().out.splitlines()
+    assert [record["iter"] for record in records] == [0, 3, 6, 8]
+    assert [record["seconds"] for record in records] == [1, 2, 3, 5]  # the last with test_nll
+
     torch.manual_seed(args.seed)
     train_set, test_set = vae.load_data(args)
-    batches = vae.minibatches(train_set, 32)
-    model = vae.VAE(784, 16, 2, 4, 0.0)
+    batches = vae.minibatches(train_set, 300)
+    model = vae.VAE(784, 16, args.n_layer, 4, args.dropout)
     mean_image = train_set.tensors[0].mean(0).clamp(1e-3, 1 - 1e-3)
     model.decoder.out.bias.data = (mean_image / (1 - mean_image)).log()
-    start = Bernoulli(mean_image).log_prob(test_set.tensors[0]).sum(1).mean().item()
-    assert records[0]["test_loss"] == pytest.approx(-start, rel=1e-4)  # whatever z is
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate)
-    for i in range(42):
-        factor = i / 2 if i < 2 else (1 + math.cos(math.pi * (i - 2) / 40)) / 2
-        optimizer.param_groups[0]["lr"] = factor * args.learning_rate
-        x = next(batches)[0].bernoulli()
-        optimizer.zero_grad()
-        (-model(x, k).mean()).backward()
-        optimizer.step()
-    train_set = vae.TensorDataset(*train_set[: len(test_set)])
-    for key, dataset, k_eval in (
-        ("train_loss", train_set, k),
-        ("test_loss", test_set, k),
-        ("test_nll", test_set, 4),
-    ):
-        expected = vae.evaluate(model, dataset, key, k_eval)[key]
-        assert records[-1][key] == pytest.approx(expected, rel=1e-4)
-    assert records[-1]["train_loss"] < 0.99 * records[0]["train_loss"]
-    assert all("test_nll" not in record for record in records[:-1])
+    first = {name: weights.clone() for name, weights in model.state_dict().items()}
+    optimizer = torch.optim.Adam(model.parameters())
+
+    def loss_of(images, k):
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(0)
+            chunks = images.bernoulli().split(1000 // k)
+            return -torch.cat([bound_by_torch(model.eval(), x, k) for x in chunks]).mean().item()
+
+    for i in range(9):
+        lr = 0.02 * (i / 2 if i < 2 else (1 + math.cos(math.pi * (i - 2) / 6)) / 2)
+        optimizer.param_groups[0]["lr"] = lr
+        if i in (0, 3, 6, 8):
+            expected = {"train_loss": (train_set.tensors[0][:400], k)}
+            expected["test_loss"] = test_set.tensors[0], k
+            if i == 8:
+                expected["test_nll"] = test_set.tensors[0], 4
+            record = {key: loss_of(*given) for key, given in expected.items()}
+            record |= {"iter": i, "learning_rate": lr}
+            logged = records[[0, 3, 6, 8].index(i)]
+            assert logged == pytest.approx(record | {"seconds": logged["seconds"]}, rel=1e-4)
+            assert "  ".join(f"{key} {value:.5g}" for key, value in logged.items()) in printed
+        if i < 8:
+            optimizer.zero_grad()
+            (-bound_by_torch(model.train(), next(batches)[0].bernoulli(), k).mean()).backward()
+            optimizer.step()
+    ((trained, pictured, out_dir),) = pictures
+    for name, weights in trained.state_dict().items():
+        last = model.state_dict()[name]
+        assert (weights - last).norm() <= 0.01 * (last - first[name]).norm(), name
+    assert torch.equal(pictured.tensors[0], test_set.tensors[0]) and out_dir == args.out_dir
+
+    assert printed[-2] == f"test NLL {records[-1]['test_nll']:.2f} nats after 5 s"
+    assert printed[-1] == f"picture: {args.out_dir / 'loss.png'}"
+    lines = {line.get_label(): line.get_xydata().tolist() for line in figures[0].axes[0].lines}
+    for key in ("train_loss", "test_loss", "test_nll"):
+        assert lines[key] == [[r["iter"], r[key]] for r in records if key in r]
+    saved = json.loads((args.out_dir / "args.json").read_text())
+    paths = {"data_dir": str(args.data_dir), "out_dir": str(args.out_dir)}
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "device": "cpu"}
+    assert saved == vars(args) | paths | versions
+    monkeypatch.undo()
+    plot["plt"].close(figures[0])
 
 
-def test_evaluation_leaves_training_as_it_is(standins, tmp_path):
-    flags = "--max_iters 4 --eval_k 2 --batch_size 32 --n_hidden 16".split()
-    often = run(standins, tmp_path / "often", *flags, "--eval_interval", "1")[1][-1]
-    once = run(standins, tmp_path / "once", *flags, "--eval_interval", "4")[1][-1]
-    assert {**often, "seconds": 0} == {**once, "seconds": 0}
+def test_warm_up_is_cut_to_the_run(standins, tmp_path, monkeypatch):
+    monkeypatch.setattr(vae, "OptaxOptimizer", Idle)
+    monkeypatch.setattr(vae, "evaluate", lambda model, dataset, name, k: {name: 100.0})
+    monkeypatch.setattr(vae, "save_pictures", lambda *args: None)
+    flags = "--max_iters 4 --eval_interval 1 --learning_rate 0.01 --n_hidden 4 --batch_size 8"
+    records = run(standins, tmp_path, *flags.split())[1]
+    rates = [0, 1 / 300, 2 / 300, 0.01, 0]
+    assert [r["learning_rate"] for r in records] == pytest.approx(rates, abs=1e-6)
 
 
 def test_training_images_are_brightness_and_test_images_one_sample(standins):
     args = vae.parse_args(["--data_dir", str(standins)])
     train_set, test_set = vae.load_data(args)
     raw = [vae.MNIST(standins, train=train).data.flatten(1) / 255 for train in (True, False)]
+    labels = [vae.MNIST(standins, train=train).targets for train in (True, False)]
+    assert torch.equal(train_set.tensors[1], labels[0])
+    assert torch.equal(test_set.tensors[1], labels[1])
     assert torch.equal(train_set.tensors[0], raw[0])
     x = test_set.tensors[0]
     assert set(x.unique().tolist()) == {0, 1}
@@ -224,25 +288,30 @@ def test_evaluation_is_the_mean_bound_of_all_images_without_dropout():
 
 
 def test_pictures_show_samples_of_the_prior_and_the_plane_of_the_two_latents_in_use(tmp_path):
-    model = vae.VAE(784, 8, 0, 5, 0.0)
-    with torch.no_grad():  # latents 1 and 3 depend on the image; the decoder draws a row for each
-        model.encoder.out.weight[1, 0] = 3
-        model.encoder.out.weight[3, 1] = 2
-        for latent in range(5):
-            model.decoder.out.weight[28 * latent : 28 * latent + 28, latent] = 5
+    torch.manual_seed(0)
+    model = vae.VAE(784, 8, 1, 5, 0.5)
+    nn.init.normal_(model.decoder.out.weight)
+    with torch.no_grad():  # latents 3 and 1 depend on the image, the others are as in the prior
+        model.encoder.out.weight[3] = 2 * torch.randn(8)
+        model.encoder.out.weight[1] = torch.randn(8)
+        model.encoder.out.bias[5 + 4] = 0.1  # and this one says as much about every image
     x = torch.rand(50, 784)
+    torch.manual_seed(1)
     vae.save_pictures(model, vae.TensorDataset(x, torch.zeros(50)), tmp_path)
-    samples = read_image(str(tmp_path / "samples.png"))
-    assert samples.shape == (1, 10 * 30 + 2, 10 * 30 + 2)
-    rows = samples[0, 2:7, 2:].float()  # the top five rows of pixels of the first ten samples
-    assert (rows.view(5, 10, 30)[:, :, 5].std(dim=1) > 30).all()  # every latent varies
-    plane = read_image(str(tmp_path / "plane.png"))
-    assert plane.shape == (1, 12 * 30 + 2, 12 * 30 + 2)
-    tiles = plane[0, 2:].view(12, 30, -1)[:, :5, 5::30].float()  # (row, latent, column)
-    down, across = tiles.std(dim=0).mean(dim=1), tiles.std(dim=2).mean(dim=0)
-    assert (down > 30).tolist() == [False, True, False, False, False]
-    assert (across > 30).tolist() == [False, False, False, True, False]
     assert model.training
+    torch.manual_seed(1)
+    samples = torch.randn(10, 10, 5)
+    quantiles = Normal(0, 1).icdf(torch.linspace(0.025, 0.975, 12))
+    plane = torch.zeros(12, 12, 5)
+    plane[..., 3], plane[..., 1] = quantiles[:, None], quantiles  # down and across
+    model.eval()
+    for name, z in (("samples.png", samples), ("plane.png", plane)):
+        picture = read_image(str(tmp_path / name))
+        n = len(z)
+        assert picture.shape == (1, 30 * n + 2, 30 * n + 2)
+        tiles = picture[0, 2:, 2:].unfold(0, 28, 30).unfold(1, 28, 30).flatten(2)
+        expected = 255 * model.decoder(z).sigmoid()
+        torch.testing.assert_close(tiles.float(), expected.floor(), rtol=0, atol=1)
 
 
 @pytest.mark.data
