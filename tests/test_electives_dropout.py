@@ -4,7 +4,7 @@ import copy
 import io
 import json
 import platform
-import types
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -123,6 +123,29 @@ def test_images_are_normalized_by_the_training_images(data, standins):
     for dataset, images, labels in zip(data, x, (images.targets for images in raw)):
         torch.testing.assert_close(dataset.tensors[0], (images - x[0].mean()) / x[0].std())
         assert torch.equal(dataset.tensors[1], labels)
+
+
+@pytest.mark.parametrize("error", [AssertionError, OSError, RuntimeError, TypeError, ValueError])
+def test_any_error_of_reading_mnist_names_the_files(error, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error("a problem")
+
+    monkeypatch.setattr(dropout, "MNIST", fail)
+    with pytest.raises(OSError, match=r"MNIST/raw/train-.*a problem"):
+        dropout.load_data(dropout.parse_args([]))
+
+
+@pytest.mark.parametrize(
+    ("shape", "brightness", "label"),
+    [((5, 28, 27), 1, 9), ((5, 28, 28), 0, 9), ((5, 28, 28), 1, 10)],
+)
+def test_what_is_not_mnist_is_refused(shape, brightness, label, monkeypatch):
+    images = SimpleNamespace(data=torch.full(shape, brightness), targets=torch.full((5,), label))
+    monkeypatch.setattr(dropout, "MNIST", lambda *args, **kwargs: images)
+    with pytest.raises(OSError, match=r"MNIST/raw/train-.*not 28 x 28"):
+        dropout.load_data(dropout.parse_args([]))
+    images.data, images.targets = torch.ones(5, 28, 28), torch.full((5,), 9)
+    assert len(dropout.load_data(dropout.parse_args([]))[0]) == 5
 
 
 def new_run(name, train_set, *flags, seed=3):
@@ -288,7 +311,7 @@ def test_summary_is_the_mean_and_the_standard_deviation_over_seeds(data, monkeyp
         return {f"{name}_loss": 2 - accuracy, f"{name}_accuracy": accuracy}
 
     monkeypatch.setattr(dropout, "evaluate", evaluate)
-    runs = [types.SimpleNamespace(kept=None, train_set=None) for _ in range(3)]
+    runs = [SimpleNamespace(kept=None, train_set=None) for _ in range(3)]
     expected = {"x_train_loss": 2, "x_test_loss": 1.2, "x_test_accuracy": 0.8, "x_spread": 0.1}
     assert dropout.summarize(runs, None, "x") == pytest.approx(expected)
     accuracies = iter([0.8])

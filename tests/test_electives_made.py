@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import platform
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -120,16 +121,11 @@ def test_images_of_one_pixel_have_a_probability_too():
 
 
 def test_likelihood_of_large_logits_is_finite():
-    model = new_model(3, 4, 0, "raster").requires_grad_(False)
-    model.direct.weight.zero_()
-    model.out.weight.zero_()
-    for bias in (-200.0, 200.0):
+    model = made.MADE(3, 4, 0, "raster").requires_grad_(False)  # only out's biases are not zero
+    x = torch.tensor([[0.0, 0, 0], [1, 1, 1]])
+    for bias, expected in ((-200.0, [0.0, -600.0]), (200.0, [-600.0, 0.0])):
         model.out.bias.fill_(bias)
-        model.direct.bias.zero_()
-        x = torch.tensor([[0.0, 0, 0], [1, 1, 1]])
-        expected = torch.tensor([0.0, -600.0])
-        expected = expected if bias < 0 else expected.flip(0)
-        torch.testing.assert_close(model.log_likelihood(x), expected)
+        torch.testing.assert_close(model.log_likelihood(x), torch.tensor(expected))
 
 
 def test_likelihood_is_the_product_of_the_pixels_probabilities():
@@ -313,6 +309,29 @@ def test_training_images_are_brightness_and_test_images_one_sample(standins):
     assert not x[raw[1] == 0].any() and x[raw[1] == 1].all()
     between = (raw[1] > 0.4) & (raw[1] < 0.6)
     assert abs(x[between].mean() - raw[1][between].mean()) < 0.03
+
+
+@pytest.mark.parametrize("error", [AssertionError, OSError, RuntimeError, TypeError, ValueError])
+def test_any_error_of_reading_mnist_names_the_files(error, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error("a problem")
+
+    monkeypatch.setattr(made, "MNIST", fail)
+    with pytest.raises(OSError, match=r"MNIST/raw/train-.*a problem"):
+        made.load_data(made.parse_args([]))
+
+
+@pytest.mark.parametrize(
+    ("shape", "brightness", "label"),
+    [((5, 28, 27), 1, 9), ((5, 28, 28), 0, 9), ((5, 28, 28), 1, 10)],
+)
+def test_what_is_not_mnist_is_refused(shape, brightness, label, monkeypatch):
+    images = SimpleNamespace(data=torch.full(shape, brightness), targets=torch.full((5,), label))
+    monkeypatch.setattr(made, "MNIST", lambda *args, **kwargs: images)
+    with pytest.raises(OSError, match=r"MNIST/raw/train-.*not 28 x 28"):
+        made.load_data(made.parse_args([]))
+    images.data, images.targets = torch.ones(5, 28, 28), torch.full((5,), 9)
+    assert len(made.load_data(made.parse_args([]))[0]) == 5
 
 
 def test_hidden_weights_have_variance_2_over_n_and_all_else_is_zero():
