@@ -216,8 +216,9 @@ def test_training_is_that_of_torchs_layers_and_gradients(standins, tmp_path, mon
     bars, figures, start = [], [], dropout.time.perf_counter()
 
     class Bar(dropout.tqdm):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs | {"disable": False, "file": io.StringIO()})
+        def __init__(self, *args, disable, **kwargs):
+            assert disable is None  # no bar in a file that the output is sent to
+            super().__init__(*args, disable=False, file=io.StringIO(), **kwargs)
             bars.append(self)
 
     monkeypatch.setattr(dropout, "tqdm", Bar)
@@ -347,6 +348,8 @@ def test_the_final_table_and_the_picture_of_the_spread(standins, tmp_path, monke
         dots, mean = axis.lines[2 * row : 2 * row + 2]
         assert dots.get_xydata().tolist() == [[accuracy, row] for accuracy in accuracies]
         assert (dots.get_linestyle(), dots.get_marker(), mean.get_marker()) == ("None", "o", "|")
+        assert dots.get_alpha() < 1  # dots on each other are darker
+        assert mean.get_markersize() > 2 * dots.get_markersize()
         assert mean.get_xydata().tolist() == [[pytest.approx(final[f"{name}_test_accuracy"]), row]]
     assert read_image(str(tmp_path / "spread.png")).shape[1:] == (320, 560)
 

@@ -228,8 +228,9 @@ def test_training_maximizes_the_likelihood_of_images_sampled_anew(
     bars, pictures, figures, start = [], [], [], made.time.perf_counter()
 
     class Bar(made.tqdm):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs | {"disable": False, "file": io.StringIO()})
+        def __init__(self, *args, disable, **kwargs):
+            assert disable is None  # no bar in a file that the output is sent to
+            super().__init__(*args, disable=False, file=io.StringIO(), **kwargs)
             bars.append(self)
 
     monkeypatch.setattr(made, "tqdm", Bar)
