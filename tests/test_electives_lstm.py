@@ -1,13 +1,15 @@
 """The elective lstm: the cells are torch's, the state is carried on, the gradient is cut off."""
 
-import itertools
+import argparse
 import json
 import math
+from collections import Counter
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from runs import Idle, check_number, check_warm_up, watched_run
 from steps import load_plot, load_step, run_main, tiny_flags
 
 NAME = "electives/lstm"
@@ -118,14 +120,32 @@ def test_update_gate_1_keeps_the_state_of_the_gru():
 
 
 def test_each_row_continues_where_it_stopped():
-    batches = lstm.minibatches(torch.arange(100), 4, 6)
+    batches = lstm.minibatches(torch.arange(103), 4, 6)
     rows = [next(batches) for _ in range(20)]
     for x, y in rows:
         assert x.shape == y.shape == (4, 6)
-        assert torch.equal(y, (x + 1) % 100)  # after the last word comes the first
+        assert torch.equal(y, (x + 1) % 103)  # after the last word comes the first
     text = torch.cat([x for x, _ in rows], dim=1)  # (4, 120)
-    for b, start in enumerate((0, 25, 50, 75)):
-        assert torch.equal(text[b], (start + torch.arange(120)) % 100)
+    for b, start in enumerate((0, 25, 51, 77)):
+        assert torch.equal(text[b], (start + torch.arange(120)) % 103)
+
+
+TEXTS = ["the sea, the end. " * 5, "a " * 20, "a " * 9, "a " * 8, "b c d e f g h i j k l m", ""]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_words_are_those_of_step_12_and_not_too_few(text, tmp_path):
+    (tmp_path / "text.txt").write_text(text)
+    outcomes = []
+    for step in (lstm, load_step("12")):
+        try:
+            args = step.parse_args(["--input", str(tmp_path / "text.txt"), "--block_size", "8"])
+            *ids, vocab = step.load_data(args)
+            outcomes.append([*(x.tolist() for x in ids), vocab])
+        except argparse.ArgumentTypeError as error:
+            outcomes.append(str(error))
+    assert outcomes[0] == outcomes[1]
+    assert isinstance(outcomes[0], str) == (text not in TEXTS[:2])
 
 
 # ---------- evaluation ----------
@@ -158,8 +178,9 @@ def test_gradient_norms_are_those_of_single_windows():
         F.cross_entropy(logits, window[-1]).backward()
         norms += embeddings.grad[0].norm(dim=1)
     expected = {f"gradient_{k}": (norms[64 - k] / norms[64]).item() for k in lstm.DISTANCES}
+    assert [*expected] == [f"gradient_{k}" for k in (1, 2, 4, 8, 16, 32, 64)]
     assert lstm.gradient_norms(model.train(), ids) == pytest.approx(expected, rel=1e-3, abs=1e-12)
-    assert model.training
+    assert model.training and not model.wte._forward_hooks
 
 
 def test_the_gradient_reaches_far_where_the_forget_gate_is_open():
@@ -176,133 +197,136 @@ def test_the_gradient_reaches_far_where_the_forget_gate_is_open():
 # ---------- training ----------
 
 
-def reference_model(args, params, vocab_size):
-    """Return a function from x and the state to the logits, made of torch's own parts."""
-    wte, w_x, b_x, w_h, b_h, w_p, b_p, g, b, bias = params
-    layer = nn.LSTM(args.n_embd, args.n_hidden, batch_first=True)
-    for name, value in zip(("weight_ih_l0", "bias_ih_l0", "weight_hh_l0", "bias_hh_l0"),
-                           (w_x, b_x, w_h, b_h)):  # fmt: skip
-        layer._parameters[name].data = value.clone()
-    layer.flatten_parameters()
-    others = [p.clone().requires_grad_() for p in (wte, w_p, b_p, g, b, bias)]
+def logits_by_torch(model, x, state, dropout=0.0):
+    """Return the model's logits and last state by torch's LSTM, with the model's weights."""
+    layer = model.rnn
+    parts = [layer.x2h.weight, layer.h2h.weight, layer.x2h.bias, layer.h2h.bias]
+    state = state or (torch.zeros(1, len(x), layer.h2h.in_features),) * 2
+    x = F.dropout(F.embedding(x, model.wte.weight), dropout)
+    x, *state = torch.lstm(x, state, parts, True, 1, 0.0, False, False, True)
+    proj, norm = model.c_proj, model.ln_f
+    x = F.linear(F.dropout(x.contiguous(), dropout), proj.weight, proj.bias)
+    x = F.dropout(F.layer_norm(x, x.shape[2:], norm.weight, norm.bias), dropout)
+    return F.linear(x, model.wte.weight, model.lm_head.bias), state
 
-    def forward(x, state):
-        wte, w_p, b_p, g, b, bias = others
-        h, state = layer(wte[x], state)
-        return F.linear(F.layer_norm(F.linear(h, w_p, b_p), g.shape, g, b), wte, bias), state
 
-    return forward, [*layer.parameters(), *others]
+@torch.no_grad()
+def loss_by_torch(args, model, ids):
+    """Return the mean loss of words; each of 32 parts is read from a context before it."""
+    context, losses = args.block_size, []
+    size = math.ceil((len(ids) - context) / 32)
+    for start in range(0, len(ids) - context, size):
+        part = ids[start : start + context + size]
+        logits = logits_by_torch(model, part[None], None)[0][0]
+        log_p = logits.log_softmax(dim=1)[context - 1 : -1]
+        losses += log_p[range(len(log_p)), part[context:]].tolist()
+    assert len(losses) == len(ids) - context
+    return -sum(losses) / len(losses)
+
+
+@torch.no_grad()
+def sample_by_torch(args, model, words, vocab):
+    """Return a sample; everything is read once more for each word."""
+    ids, generator = [vocab.index(w) for w in words], torch.Generator().manual_seed(args.seed)
+    for _ in range(args.max_new_tokens):
+        logits = logits_by_torch(model, torch.tensor([ids]), None)[0][0, -1]
+        likely = 1 + logits[1:].topk(min(args.top_k or 999, len(vocab) - 1)).indices  # no <unk>
+        p = torch.zeros(len(vocab))
+        p[likely] = (logits[likely] / args.temperature).softmax(0)
+        ids.append(torch.multinomial(p, 1, generator=generator).item())
+    return lstm.join_words(vocab[i] for i in ids)
 
 
 def test_training_is_truncated_backpropagation_through_time_with_adamw(
     standins, tmp_path, monkeypatch
 ):
-    """`train` ends with the parameters of torch's LSTM, trained on the text window by window."""
-    flags = ["--max_iters", "12", "--eval_interval", "4", "--warmup_iters", "4", "--dropout", "0"]
-    flags += ["--learning_rate", "0.01", "--weight_decay", "3"]
-    args = lstm.parse_args([*tiny_flags(NAME, standins, tmp_path), *flags])
-    params = []
+    """Everything logged and written is that of torch's LSTM and AdamW, window by window."""
+    text = (standins / "shakespeare" / "input.txt").read_text()[:3000]
+    (tmp_path / "text.txt").write_text(text)
+    (tmp_path / "samples.txt").write_text("of an earlier run")
+    models, norms, gradient_norms = [], [], lstm.gradient_norms
 
-    class Recorded(lstm.OptaxOptimizer):
-        def __init__(self, mine, tx):
-            mine = list(mine)
-            params.append([p.detach().clone() for p in mine])
-            params.append(mine)
-            super().__init__(mine, tx)
+    def spy(model, ids):
+        models.append(model)
+        norms.append((ids, gradient_norms(model, ids)))
+        return norms[-1][1]
 
-    monkeypatch.setattr(lstm, "OptaxOptimizer", Recorded)
-    lstm.train(args)
-    first, trained = params
-    ids, _, vocab = lstm.load_data(args)
-    forward, mine = reference_model(args, first, len(vocab))
+    monkeypatch.setattr(lstm, "gradient_norms", spy)
+    flags = "--max_iters 8 --eval_interval 3 --warmup_iters 2 --learning_rate 0.01 --seed 5"
+    flags += " --weight_decay 3 --dropout 0.3 --batch_size 7 --block_size 8 --n_embd 16"
+    flags += " --n_hidden 12 --max_new_tokens 12 --temperature 0.7 --top_k 3"
+    flags = [*flags.split(), "--input", tmp_path / "text.txt", "--prompt", "the zyx king"]
+    args, records = watched_run(lstm, *flags, "--out_dir", tmp_path)
+
+    torch.manual_seed(5)
+    ids, test_ids, vocab = lstm.load_data(args)
+    model = lstm.WordRNN(args, len(vocab))
+    counts = Counter(ids.tolist())
+    shares = [(counts[i] + 0.5) / (len(ids) + len(vocab) / 2) for i in range(len(vocab))]
+    model.lm_head.bias.data = torch.tensor(shares).log()
+    first = {name: weights.clone() for name, weights in model.state_dict().items()}
     groups = [{"params": [], "weight_decay": 3.0}, {"params": [], "weight_decay": 0.0}]
-    for p in mine:
+    for p in model.parameters():
         groups[p.ndim < 2]["params"].append(p)
-    optimizer = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.99))
-    state = None
-    starts = [row * len(ids) // args.batch_size for row in range(args.batch_size)]
-    for i in range(12):
+    optimizer, state = torch.optim.AdamW(groups, betas=(0.9, 0.99)), None
+    starts = [row * len(ids) // 7 for row in range(7)]
+    evaluated = iter(records)
+    for i in range(9):
+        lr = 0.01 * (i / 2 if i < 2 else (1 + math.cos(math.pi * (i - 2) / 6)) / 2)
         for group in optimizer.param_groups:
-            group["lr"] = 0.01 * (i / 4 if i < 4 else (1 + math.cos(math.pi * (i - 4) / 8)) / 2)
-        windows = torch.stack(
-            [ids[s + i * args.block_size :][: args.block_size + 1] for s in starts]
-        )
-        logits, state = forward(windows[:, :-1], state)
-        state = tuple(s.detach() for s in state)
-        loss = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    wte, w_x, b_x, w_h, b_h, *others = trained
-    for p, q in zip([w_x, w_h, b_x, b_h, wte, *others], mine):
-        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+            group["lr"] = lr
+        if i in (0, 3, 6, 8):
+            record = next(evaluated)
+            expected = {"iter": i, "seconds": record["seconds"], "learning_rate": lr}
+            expected["train_loss"] = loss_by_torch(args, model, ids[: len(test_ids)])
+            expected["test_loss"] = loss_by_torch(args, model, test_ids)
+            read, gradients = norms[records.index(record)]
+            assert torch.equal(read, ids)
+            assert record == pytest.approx(expected | gradients, rel=1e-4, abs=1e-7)
+        if i < 8:
+            windows = torch.stack([ids[(s + 8 * i + torch.arange(9)) % len(ids)] for s in starts])
+            logits, state = logits_by_torch(model, windows[:, :-1], state, 0.3)
+            state = tuple(s.detach() for s in state)
+            optimizer.zero_grad()
+            F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).backward()
+            optimizer.step()
+    for name, weights in models[-1].state_dict().items():
+        last = model.state_dict()[name]
+        assert (weights - last).norm() <= 0.01 * (last - first[name]).norm(), name
+
+    written = (tmp_path / "samples.txt").read_text()
+    heads = [f"=== iter {r['iter']}, test_loss {r['test_loss']:.4f}" for r in records]
+    assert [line for line in written.splitlines() if line.startswith("===")] == heads
+    sample = sample_by_torch(args, models[-1], ["the", "<unk>", "king"], vocab)
+    assert written.startswith(heads[0]) and sample.startswith("the <unk> king")
+    assert written.endswith(f"{heads[-1]}\n{sample}\n\n")
 
 
-def test_the_state_is_carried_on_and_detached(standins, tmp_path, monkeypatch):
-    args = lstm.parse_args(tiny_flags(NAME, standins, tmp_path))
-    seen, real = [], lstm.WordRNN.forward
+def test_warm_up_can_be_none_and_is_cut_to_the_run(standins, tmp_path, monkeypatch):
+    check_warm_up(lstm, monkeypatch, *tiny_flags(NAME, standins, tmp_path), "--max_new_tokens", 0)
 
-    def forward(model, x, state=None):
-        logits, after = real(model, x, state)
-        if model.training:
-            seen.append((state, after))
-        return logits, after
 
-    monkeypatch.setattr(lstm.WordRNN, "forward", forward)
-    lstm.train(args)
-    assert len(seen) == args.max_iters
-    assert seen[0][0] is None
-    for (_, before), (state, _) in itertools.pairwise(seen):
-        for carried, kept in zip(state, before):
-            assert torch.equal(carried, kept)
-            assert kept.requires_grad and not carried.requires_grad
+def test_untrained_weights_are_small_and_tied():
+    torch.manual_seed(0)
+    model = lstm.WordRNN(lstm.parse_args(["--n_embd", "64", "--n_hidden", "32"]), 99)
+    assert model.lm_head.weight is model.wte.weight and model.wte.weight.shape == (99, 64)
+    assert model.wte.weight.std().item() == pytest.approx(0.05, rel=0.1)
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_every_cell_learns_what_only_the_state_can_tell(cell, standins, tmp_path):
+def test_every_cell_learns_what_only_the_state_can_tell(cell, standins, tmp_path, monkeypatch):
     """After every second word, which is "a", the next word is that after the last but one."""
     (tmp_path / "text.txt").write_text("a b a c a d a e " * 60)
+    adam = torch.optim.Adam  # needs no compiling
+    monkeypatch.setattr(lstm, "OptaxOptimizer", lambda params, tx: adam(params, 0.01))
     flags = [*tiny_flags(NAME, standins, tmp_path), "--cell", cell, "--dropout", "0"]
-    flags += ["--input", str(tmp_path / "text.txt"), "--max_iters", "100", "--eval_interval", "100"]
-    final = lstm.train(lstm.parse_args([*flags, "--learning_rate", "0.02", "--warmup_iters", "5"]))
+    flags += ["--input", str(tmp_path / "text.txt"), "--max_iters", "160", "--eval_interval", "160"]
+    final = lstm.train(lstm.parse_args(flags))
     assert final["test_loss"] < 0.1  # without the state: log(4) / 2 = 0.69
     assert json.loads((tmp_path / "args.json").read_text())["cell"] == cell
 
 
-def test_the_untrained_model_is_a_unigram_model(standins, tmp_path):
-    flags = [*tiny_flags(NAME, standins, tmp_path), "--max_iters", "1"]
-    lstm.train(lstm.parse_args(flags))
-    first = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
-    text = (standins / "shakespeare" / "input.txt").read_text()
-    words = lstm.split_words(text[: int(0.9 * len(text))])
-    counts = torch.tensor([words.count(word) for word in set(words)]) / len(words)
-    entropy = -(counts * counts.log()).sum().item()
-    assert first["test_loss"] == pytest.approx(entropy, abs=0.25)
-
-
-def test_train_uses_training_words_and_evaluates_test_words(standins, tmp_path, monkeypatch):
-    """Other test words change the test loss and nothing else."""
-    args = lstm.parse_args(tiny_flags(NAME, standins, tmp_path / "a"))
-    honest = lstm.train(args)
-    real = lstm.load_data
-
-    def load_data(args):
-        train_ids, test_ids, vocab = real(args)
-        return train_ids, test_ids.flip(0), vocab
-
-    monkeypatch.setattr(lstm, "load_data", load_data)
-    args.out_dir = tmp_path / "b"
-    replaced = lstm.train(args)
-    differ = {key for key in honest if honest[key] != replaced[key]}
-    assert differ == {"test_loss", "seconds"}
-
-
-def test_dropout_is_on_in_training_only(standins, tmp_path):
-    flags = [*tiny_flags(NAME, standins, tmp_path), "--max_iters", "3", "--eval_interval", "1"]
-    with_dropout, without = (
-        lstm.train(lstm.parse_args([*flags, "--dropout", p])) for p in ("0.5", "0")
-    )
-    assert with_dropout["train_loss"] != without["train_loss"]
+def test_dropout_is_on_in_training_only():
     model, x = small_model("--dropout", "0.5"), small_ids(8)[None]
     assert torch.equal(model(x)[0], model(x)[0])
     model.train()
@@ -312,45 +336,30 @@ def test_dropout_is_on_in_training_only(standins, tmp_path):
 # ---------- sampling ----------
 
 
-def test_sampling_carries_the_state(monkeypatch):
+@pytest.mark.parametrize("top_k", ["0", "3", "99"])
+def test_sampling_carries_the_state(top_k, monkeypatch):
     """The text is that of reading everything again for each word, but each word is read once."""
-    model, read = small_model(), []
-    args = small_args("--top_k", "3", "--max_new_tokens", "12", "--temperature", "1")
+    model, read, vocab = small_model(), [], [f"w{i}" for i in range(30)]
+    model.lm_head.bias.data[0] = 99  # <unk> is never sampled, however likely
+    flags = ["--max_new_tokens", "12", "--temperature", "0.7", "--prompt", "w1 w2 w3"]
+    args = small_args("--top_k", top_k, *flags)
     real = lstm.WordRNN.forward
 
     def forward(model, x, state=None):
         read.append(x.shape[1])
+        assert not model.training and not torch.is_grad_enabled()
         return real(model, x, state)
 
     monkeypatch.setattr(lstm.WordRNN, "forward", forward)
-    ids = lstm.generate(args, model, torch.tensor([[1, 2, 3]]))
+    text = lstm.sample(args, model.train(), vocab)
+    assert model.training
     assert read[:12] == [3] + [1] * 11
-    model.eval()
-    expected, generator = torch.tensor([[1, 2, 3]]), torch.Generator().manual_seed(args.seed)
-    with torch.no_grad():
-        for _ in range(12):
-            logits = real(model, expected)[0][0, -1]
-            best = (logits[1:].topk(3).indices + 1).sort().values  # never <unk>
-            p = torch.zeros(30).index_copy(0, best, logits[best].softmax(dim=0))
-            word = torch.multinomial(p, 1, generator=generator)
-            expected = torch.cat([expected, word[None]], dim=1)
-    assert torch.equal(ids, expected)
+    assert text == sample_by_torch(args, model, ["w1", "w2", "w3"], vocab)
 
 
-def test_sampling_does_not_disturb_training(standins, tmp_path):
-    runs = []
-    for folder, n in (("silent", "0"), ("writing", "30")):
-        flags = tiny_flags(NAME, standins, tmp_path / folder)
-        lstm.train(lstm.parse_args([*flags, "--max_new_tokens", n]))
-        lines = (tmp_path / folder / "metrics.jsonl").read_text().splitlines()
-        runs.append([{k: v for k, v in json.loads(s).items() if k != "seconds"} for s in lines])
-    assert runs[0] == runs[1]
-
-
-def test_samples_begin_with_the_prompt_and_unknown_words_are_shown(standins, tmp_path):
-    flags = [*tiny_flags(NAME, standins, tmp_path), "--max_iters", "1", "--prompt", "the zyx king"]
-    lstm.train(lstm.parse_args(flags))
-    assert "\nthe <unk> king" in (tmp_path / "samples.txt").read_text()
+def test_an_empty_prompt_is_a_newline():
+    args = small_args("--prompt", "", "--max_new_tokens", "0")
+    assert lstm.sample(args, small_model(), [*map(str, range(9)), "\n"]) == "\n"
 
 
 # ---------- input ----------
@@ -370,10 +379,15 @@ def test_a_bad_text_is_named(content, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_short_text_is_enough(standins, tmp_path):
+def test_a_short_text_is_enough(standins, tmp_path, monkeypatch):
+    monkeypatch.setattr(lstm, "OptaxOptimizer", Idle)
     (tmp_path / "short.txt").write_text("to be or not to be " * 10)
     flags = [*tiny_flags(NAME, standins, tmp_path / "out"), "--input", tmp_path / "short.txt"]
-    assert run_main(NAME, *flags)[0] == 0
+    assert math.isfinite(lstm.train(lstm.parse_args([str(flag) for flag in flags]))["test_loss"])
+
+
+def test_limits_of_numbers_are_inclusive():
+    check_number(lstm.number)
 
 
 def test_gradients_of_finished_runs_are_drawn(tmp_path, monkeypatch):
