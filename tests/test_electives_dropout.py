@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import math
 import platform
 from types import SimpleNamespace
 
@@ -317,6 +318,16 @@ def test_summary_is_the_mean_and_the_standard_deviation_over_seeds(data, monkeyp
     assert dropout.summarize(runs, None, "x") == pytest.approx(expected)
     accuracies = iter([0.8])
     assert dropout.summarize(runs[:1], None, "x")["x_spread"] == 0
+
+
+@pytest.mark.parametrize("loss", [math.inf, math.nan])
+def test_a_loss_that_is_not_finite_ends_the_run(loss, tmp_path):
+    args = dropout.parse_args(["--out_dir", str(tmp_path), "--learning_rate", "7"])
+    dropout.log_metrics(args, {"iter": 0, "train_loss": 1.0, "test_loss": 2.0})
+    with pytest.raises(FloatingPointError, match=r"iteration 5: lower --learning_rate 7"):
+        dropout.log_metrics(args, {"iter": 5, "train_loss": 1.0, "test_loss": loss})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert lines == ['{"iter": 0, "train_loss": 1.0, "test_loss": 2.0}']
 
 
 def test_the_final_table_and_the_picture_of_the_spread(standins, tmp_path, monkeypatch, capsys):

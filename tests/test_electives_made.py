@@ -298,6 +298,16 @@ def test_training_maximizes_the_likelihood_of_images_sampled_anew(
     assert saved == json.loads(json.dumps(vars(args), default=str)) | versions
 
 
+@pytest.mark.parametrize("loss", [math.inf, math.nan])
+def test_a_loss_that_is_not_finite_ends_the_run(loss, tmp_path):
+    args = made.parse_args(["--out_dir", str(tmp_path), "--learning_rate", "7"])
+    made.log_metrics(args, {"iter": 0, "train_loss": 1.0, "test_loss": 2.0})
+    with pytest.raises(FloatingPointError, match=r"iteration 5: lower --learning_rate 7"):
+        made.log_metrics(args, {"iter": 5, "train_loss": 1.0, "test_loss": loss})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert lines == ['{"iter": 0, "train_loss": 1.0, "test_loss": 2.0}']
+
+
 def test_training_images_are_brightness_and_test_images_one_sample(standins):
     args = made.parse_args(["--data_dir", str(standins)])
     train_set, test_set = made.load_data(args)
