@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.image import imread
-from runs import Idle
+from runs import Idle, check_number
 from steps import load_step, run_main, tiny_flags
 
 NAME = "electives/induction"
@@ -367,6 +367,10 @@ def test_the_picture_shows_the_best_heads_and_the_loss_by_period(
 
 
 # ---------- input ----------
+
+
+def test_limits_of_numbers_are_inclusive():
+    check_number(induction.number)
 
 
 @pytest.mark.parametrize(

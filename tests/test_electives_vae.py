@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn as nn
-from runs import Idle
+from runs import Idle, check_number
 from steps import load_step
 from torch.distributions import Bernoulli, MultivariateNormal, Normal, kl_divergence
 from torchvision.io import read_image
@@ -266,6 +266,30 @@ def test_training_images_are_brightness_and_test_images_one_sample(standins):
     assert not x[raw[1] == 0].any() and x[raw[1] == 1].all()
     between = (raw[1] > 0.4) & (raw[1] < 0.6)
     assert abs(x[between].mean() - raw[1][between].mean()) < 0.03
+    assert torch.equal(x, raw[1].bernoulli(generator=torch.Generator().manual_seed(0)))
+
+
+ERRORS = [AssertionError, OSError, RuntimeError, TypeError, ValueError]
+IMAGES = {
+    "of another size": (torch.ones(3, 28, 27), torch.tensor([0, 5, 9])),
+    "black": (torch.zeros(3, 28, 28), torch.tensor([0, 5, 9])),
+    "more than labels": (torch.ones(3, 28, 28), torch.tensor([0, 9])),
+    "of letters": (torch.ones(3, 28, 28), torch.tensor([0, 5, 10])),
+}
+
+
+@pytest.mark.parametrize("problem", [*ERRORS, *IMAGES])
+def test_broken_images_are_named(problem, tmp_path, monkeypatch):
+    def dataset(folder, train, download):
+        assert folder == tmp_path and download
+        if problem in ERRORS:
+            raise problem("no digits")
+        return SimpleNamespace(data=IMAGES[problem][0], targets=IMAGES[problem][1])
+
+    monkeypatch.setattr(vae, "MNIST", dataset)
+    reason = "no digits" if problem in ERRORS else "not 28 x 28 images with as many labels"
+    with pytest.raises(OSError, match=f"raw/train-.*: missing or broken .*{reason}.*standins.py"):
+        vae.load_data(vae.parse_args(["--data_dir", str(tmp_path)]))
 
 
 def test_evaluation_is_the_mean_bound_of_all_images_without_dropout():
@@ -282,6 +306,10 @@ def test_evaluation_is_the_mean_bound_of_all_images_without_dropout():
     with torch.no_grad():
         expected = -torch.cat([model.eval()(chunk, 400) for chunk in x.split(2)]).mean().item()
     assert measured == {"some_loss": pytest.approx(expected, rel=1e-6)}
+
+
+def test_limits_of_numbers_are_inclusive():
+    check_number(vae.number)
 
 
 # ---------- pictures ----------
