@@ -387,7 +387,7 @@ def test_weights_from_hugging_face_give_the_same_logits(tmp_path):
     )
 
 
-def test_published_data_and_weights_are_pinned(tmp_path, monkeypatch):
+def test_published_data_and_weights_are_pinned(tmp_path, bytes_as_bpe, monkeypatch):
     """A commit names them: what is downloaded tomorrow is what was downloaded today."""
     asked = []
 
