@@ -210,8 +210,11 @@ def test_two_heads_written_by_hand_copy_whatever_the_period(period):
 def test_evaluation_counts_the_known_targets_only():
     args, model = random_model("--dropout", "0.5")
     x, y = induction.make_sequences(args, 20, 2, 6)
+    modes = set()
+    model.register_forward_pre_hook(lambda *_: modes.add((model.training, torch.is_grad_enabled())))
     result = induction.evaluate(model.train(), x, y, "test")
-    assert model.training
+    induction.head_scores(model, x, y)
+    assert model.training and modes == {(False, False)}
     log_p = model.eval()(x).log_softmax(dim=2)
     known = [(b, t) for b in range(20) for t in range(15) if y[b, t] >= 0]
     losses = [-log_p[b, t, y[b, t]].item() for b, t in known]

@@ -162,9 +162,11 @@ def test_evaluation_is_the_mean_over_words_each_after_its_context(n):
         start = (i - 8) // size * size
         logits, _ = model(ids[None, start:i])
         losses.append(F.cross_entropy(logits[0, -1], ids[i]).item())
+    modes = set()
+    model.register_forward_pre_hook(lambda *_: modes.add((model.training, torch.is_grad_enabled())))
     loss = lstm.evaluate(args, model.train(), ids, "test")["test_loss"]
     assert loss == pytest.approx(sum(losses) / n, rel=1e-4)
-    assert model.training
+    assert model.training and modes == {(False, False)}
 
 
 def test_gradient_norms_are_those_of_single_windows():

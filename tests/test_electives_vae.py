@@ -298,8 +298,10 @@ def test_evaluation_is_the_mean_bound_of_all_images_without_dropout():
     nn.init.normal_(model.decoder.out.weight)
     x = torch.rand(70, 784).bernoulli()
     dataset = vae.TensorDataset(x, torch.zeros(70))
+    modes = set()
+    model.register_forward_pre_hook(lambda *_: modes.add((model.training, torch.is_grad_enabled())))
     measured = vae.evaluate(model, dataset, "some_loss", 400)
-    assert model.training
+    assert model.training and modes == {(False, False)}
     assert measured == vae.evaluate(model, dataset, "some_loss", 400)  # the same noise
     torch.manual_seed(0)
     x.bernoulli()  # takes as many random numbers as the evaluation does
@@ -324,9 +326,12 @@ def test_pictures_show_samples_of_the_prior_and_the_plane_of_the_two_latents_in_
         model.encoder.out.weight[1] = torch.randn(8)
         model.encoder.out.bias[5 + 4] = 0.1  # and this one says as much about every image
     x = torch.rand(50, 784)
+    modes = set()
+    hook = lambda part, _: modes.add((part.training, torch.is_grad_enabled()))  # noqa: E731
+    model.decoder.register_forward_pre_hook(hook)
     torch.manual_seed(1)
     vae.save_pictures(model, vae.TensorDataset(x, torch.zeros(50)), tmp_path)
-    assert model.training
+    assert model.training and modes == {(False, False)}
     torch.manual_seed(1)
     samples = torch.randn(10, 10, 5)
     quantiles = Normal(0, 1).icdf(torch.linspace(0.025, 0.975, 12))
