@@ -365,6 +365,12 @@ def test_the_final_table_and_the_picture_of_the_spread(standins, tmp_path, monke
     assert read_image(str(tmp_path / "spread.png")).shape[1:] == (320, 560)
 
 
+def test_a_number_out_of_range_is_told_the_range(capsys):
+    with pytest.raises(SystemExit):
+        dropout.parse_args(["--n_hidden", "0"])
+    assert "--n_hidden: invalid int from 1 to 1e+09 value: '0'" in capsys.readouterr().err
+
+
 @pytest.mark.data
 def test_short_run_on_real_mnist(real_data, tmp_path):
     final = run(real_data, tmp_path, *"--max_iters 300 --n_seeds 1".split())[1][-1]

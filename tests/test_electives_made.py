@@ -354,6 +354,12 @@ def test_hidden_weights_have_variance_2_over_n_and_all_else_is_zero():
     assert not any(param.any() for param in (*model.out.parameters(), *model.direct.parameters()))
 
 
+def test_a_number_out_of_range_is_told_the_range(capsys):
+    with pytest.raises(SystemExit):
+        made.parse_args(["--n_hidden", "0"])
+    assert "--n_hidden: invalid int from 1 to 1e+09 value: '0'" in capsys.readouterr().err
+
+
 @pytest.mark.data
 def test_short_run_on_real_mnist(real_data, tmp_path):
     flags = "--max_iters 1000 --eval_interval 1000".split()
