@@ -384,8 +384,10 @@ def test_a_bad_text_is_named(content, tmp_path):
 def test_a_short_text_is_enough(standins, tmp_path, monkeypatch):
     monkeypatch.setattr(lstm, "OptaxOptimizer", Idle)
     (tmp_path / "short.txt").write_text("to be or not to be " * 10)
-    flags = [*tiny_flags(NAME, standins, tmp_path / "out"), "--input", tmp_path / "short.txt"]
-    assert math.isfinite(lstm.train(lstm.parse_args([str(flag) for flag in flags]))["test_loss"])
+    flags = tiny_flags(NAME, standins, tmp_path / "new" / "out")
+    flags += ["--input", tmp_path / "short.txt"]
+    final = lstm.train(lstm.parse_args([str(flag) for flag in flags]))
+    assert math.isfinite(final["test_loss"]) and 0 < final["seconds"] < 100
 
 
 def test_limits_of_numbers_are_inclusive():
