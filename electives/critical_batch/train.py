@@ -319,7 +319,7 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("optimizer").add_argument
     rates = [0.2, 0.3, 0.4, 0.1, 0.05]  # a good one first saves time
     flag("--learning_rates", type=number(float, 0), nargs="+", default=rates, help="to choose from")
-    flag("--target", type=number(float, 0), default=0.2, help="training loss to reach, in nats")
+    flag("--target", type=number(float, 1e-3), default=0.2, help="training loss to reach, in nats")
     flag("--max_updates", type=number(int, 1), default=10000, help="limit of a run to the target")
     flag("--max_iters", type=number(int, 1), default=400, help="updates while noise is measured")
     flag = parser.add_argument_group("logging").add_argument
