@@ -6,16 +6,17 @@ Changed: minibatches, evaluate, generate, sample, train, parse_args
 Gone:    windows, WordMLP
 
 A recurrent network reads one word at a time and keeps what it has read in a state of fixed size.
-Gates decide what the state keeps, what enters it and what leaves it, so that the gradient reaches
-words far back, where a plain RNN's vanishes: the picture's right panel shows how much the loss of a
-word depends on the word read k words earlier. Backpropagation is truncated after block_size words;
-the state itself is carried on through the whole text, in sampling as well.
+Gates decide what enters the state, what it keeps and what it outputs, so that the gradient reaches
+words far back, where a plain RNN's vanishes: in the right panel of loss.png, gradient_k shows how
+much the loss of a word depends on the word that was read k words earlier. Backpropagation through
+time is truncated to windows of block_size words; the state is carried on from window to window.
 
 Try:     --cell rnn, --cell gru (then gradients.py RUN RUN RUN compares the three)
-         --block_size 2 --batch_size 256 (what does truncating earlier lose?)
-Source:  Hochreiter and Schmidhuber 1997, "Long short-term memory"; Cho et al. 2014, "Learning
-         phrase representations using RNN encoder-decoder for statistical machine translation";
-         Pascanu et al. 2013, "On the difficulty of training recurrent neural networks".
+         --block_size 2 --batch_size 256 (what is lost when gradients go back two words only?)
+Source:  Hochreiter and Schmidhuber 1997, "Long short-term memory"; Gers et al. 2000, "Learning to
+         forget" (the forget gate); Cho et al. 2014, "Learning phrase representations using RNN
+         encoder-decoder for statistical machine translation" (the gated recurrent unit); Pascanu et
+         al. 2013, "On the difficulty of training recurrent neural networks".
 """
 
 import os
@@ -104,7 +105,7 @@ def minibatches(ids, batch_size, block_size):
     """Yield x (B, T) and y (B, T), the words after them, forever; B rows read the text in parallel.
 
     Row b of a minibatch continues row b of the one before, so that its state can be carried on.
-    The rows start at equal distances, and the text is a ring: its first word follows its last.
+    The rows start at equal distances, and after the last word of the text comes the first again.
     """
     starts = torch.arange(batch_size) * len(ids) // batch_size  # (B,)
     for offset in count(0, block_size):
@@ -127,7 +128,7 @@ def gru_cell(x, u, state):
     u_r, u_z, u_n = u.chunk(3, dim=1)
     r = torch.sigmoid(x_r + u_r)  # reset gate: how much of the past the candidate sees
     z = torch.sigmoid(x_z + u_z)  # update gate: how much of the state stays as it is
-    n = torch.tanh(x_n + r * u_n)  # candidate state
+    n = torch.tanh(x_n + r * u_n)  # candidate; r acts after the product with U, as in nn.GRU
     return ((1 - z) * n + z * h,)
 
 
@@ -138,32 +139,33 @@ def lstm_cell(x, u, state):
     i = torch.sigmoid(i)  # input gate: how much of the candidate enters the cell
     f = torch.sigmoid(f)  # forget gate: how much of the cell stays
     g = torch.tanh(g)  # candidate
-    o = torch.sigmoid(o)  # output gate: how much of the cell is shown
-    # The cell changes by addition: the derivative of its new value by its old one is f, so that
-    # where f is near 1, the gradient reaches far back. In a plain RNN, it is U times tanh'.
+    o = torch.sigmoid(o)  # output gate: how much of the cell is output
+    # The cell changes by addition. The gates aside, its derivative with respect to its old value is
+    # f: where f is near 1, the gradient reaches far back. A plain RNN multiplies the gradient by U
+    # and by the derivative of tanh, at most 1, for every word: it tends to vanish, or to explode.
     c = f * c + i * g
     return o * torch.tanh(c), c
 
 
-# Per cell: its function, how many parts x and u have (gates and candidate), how many the state.
+# Per cell: its function, the number of chunks of x and u (gates and candidate), of state tensors.
 CELLS = {"rnn": (rnn_cell, 1, 1), "gru": (gru_cell, 3, 1), "lstm": (lstm_cell, 4, 2)}
 
 
 class RecurrentLayer(nn.Module):
-    """Maps x (B, T, C) and a state of (B, H) each to the outputs h (B, T, H) and the last state."""
+    """Maps x (B, T, C) and a state, tensors (B, H), to outputs h (B, T, H) and the last state."""
 
     def __init__(self, cell, n_embd, n_hidden):
         super().__init__()
-        self.cell, n_parts, self.n_states = CELLS[cell]
-        self.x2h = nn.Linear(n_embd, n_parts * n_hidden)
-        self.h2h = nn.Linear(n_hidden, n_parts * n_hidden)
-        if cell == "lstm":  # the forget gate starts at sigmoid(1) = 0.73: the cell rather stays
+        self.cell, n_chunks, self.n_states = CELLS[cell]
+        self.x2h = nn.Linear(n_embd, n_chunks * n_hidden)
+        self.h2h = nn.Linear(n_hidden, n_chunks * n_hidden)
+        if cell == "lstm":  # the forget gate starts near sigmoid(1) = 0.73: most of the cell stays
             nn.init.ones_(self.x2h.bias[n_hidden : 2 * n_hidden])
 
     def forward(self, x, state=None):
         if state is None:
             state = (x.new_zeros(len(x), self.h2h.in_features),) * self.n_states
-        x = self.x2h(x)  # (B, T, 4H): all words in one matrix product; only U h has to wait for h
+        x = self.x2h(x)  # (B, T, 4H): all words in one matrix product; only U h must wait for h
         outputs = []
         for x_t in x.unbind(dim=1):  # (B, 4H)
             state = self.cell(x_t, self.h2h(state[0]), state)
@@ -231,15 +233,15 @@ DISTANCES = (1, 2, 4, 8, 16, 32, 64)  # in words
 def evaluate(args, model, ids, name):
     """Return {name}_loss, the mean loss in nats per word, over all but the first block_size ids.
 
-    The text is cut into 32 parts that are read in parallel. Before its own words, a part reads the
-    block_size words before them, which prepare the state and are not counted.
+    The text is cut into 32 chunks, which are read in parallel. Each is preceded by block_size words
+    of context, which bring the state up to date and are not scored.
     """
     model.eval()  # no dropout
     size = math.ceil((len(ids) - args.block_size) / 32)
     padding = -(len(ids) - args.block_size) % size
     ids = F.pad(ids, (0, padding), value=-100)  # cross_entropy's ignore_index
-    parts = ids.unfold(0, args.block_size + size, size)  # (32, T + size)
-    inputs, targets = parts[:, :-1].clamp(min=0), parts[:, 1:].clone()  # the parts overlap
+    chunks = ids.unfold(0, args.block_size + size, size)  # (32, T + size)
+    inputs, targets = chunks[:, :-1].clamp(min=0), chunks[:, 1:].clone()  # the chunks overlap
     targets[:, : args.block_size - 1] = -100
     loss, state = 0.0, None
     for x, y in zip(inputs.split(16, dim=1), targets.split(16, dim=1)):
@@ -252,8 +254,9 @@ def evaluate(args, model, ids, name):
 def gradient_norms(model, ids):
     """Return {gradient_k: norm}: how much the loss of a word depends on the word k words earlier.
 
-    The norm of the derivative of the loss by the embedding of the word that was read k words before
-    the last, relative to that of the last; the mean over 64 windows of the text ids.
+    The loss is that of the word after a window, its gradient that with respect to the embedding of
+    the word k words before the window's last; the norm, a mean over 64 windows of the text ids, is
+    relative to that of the last word, k = 0.
     """
     model.eval()
     x, y = next(minibatches(ids, 64, DISTANCES[-1] + 1))  # (B, T) each
@@ -282,7 +285,7 @@ def generate(args, model, ids):
             logits[logits < kth] = -math.inf
         p = (logits / args.temperature).softmax(dim=1)
         ids = torch.cat([ids, torch.multinomial(p, 1, generator=generator)], dim=1)
-        logits, state = model(ids[:, -1:], state)  # one word: the state has all those before it
+        logits, state = model(ids[:, -1:], state)  # one word: the state stands for those before it
     model.train()
     return ids
 
@@ -333,7 +336,7 @@ def train(args):
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "device": "cpu"}
     (args.out_dir / "args.json").write_text(json.dumps(vars(args) | versions, default=str))
 
-    state = None  # zeros
+    state = None  # zeros: nothing has been read
     bar = tqdm(range(args.max_iters + 1), total=args.max_iters, disable=None)
     for iter_num in bar:
         if iter_num % args.eval_interval == 0 or iter_num == args.max_iters:
@@ -390,7 +393,7 @@ def parse_args(argv=None):
     flag("--input", type=Path, help="UTF-8 text file to train on instead of tiny Shakespeare")
     flag("--batch_size", type=number(int, 1), default=32, help="rows read in parallel")
     flag = parser.add_argument_group("model").add_argument
-    flag("--block_size", type=number(int, 1), default=16, help="words per window")
+    flag("--block_size", type=number(int, 1), default=16, help="words that gradients go back")
     flag("--cell", choices=CELLS, default="lstm", help="kind of recurrent layer")
     flag("--n_embd", type=number(int, 1), default=128, help="size of an embedding")
     flag("--n_hidden", type=number(int, 1), default=512, help="units of the recurrent layer")
