@@ -1,8 +1,10 @@
 """Step 16: GPT-2's blocks as nanoGPT has them, exact evaluation, cached sampling, exact resume."""
 
+import argparse
 import json
 import math
 import sys
+import types
 
 import pytest
 import torch
@@ -56,13 +58,44 @@ def test_first_loss_is_that_of_the_uniform_distribution():
     assert loss == pytest.approx(math.log(65), rel=0.03)
 
 
-def test_residual_projections_start_smaller():
+def test_initial_weights_are_gpt2s():
+    """Normal with a standard deviation of 0.02, smaller where residuals add up."""
     torch.manual_seed(0)
-    model = step.GPT(gpu_sizes(), 65)
-    for block in model.h:
-        for layer in (block.attn.c_proj, block.mlp.c_proj):
-            assert layer.weight.std().item() == pytest.approx(0.02 / math.sqrt(12), rel=0.05)
-        assert block.mlp.c_fc.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    for name, p in step.GPT(gpu_sizes(), 65).named_parameters():
+        if p.ndim == 1:
+            assert (p == 1).all(), name  # layer norm
+            continue
+        std = 0.02 / math.sqrt(12) if name.endswith("c_proj.weight") else 0.02
+        assert p.std().item() == pytest.approx(std, rel=0.05), name
+        assert p.abs().max() > 3 * std, name  # a uniform one ends at sqrt(3) std
+
+
+def logits_of_torchs_layers(args, model, x):
+    """Return what torch's own encoder layers give with the model's weights."""
+    p = model.state_dict()
+    mask = torch.nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+    sizes = args.n_embd, args.n_head, 4 * args.n_embd, 0.0
+    options = {"activation": "gelu", "batch_first": True, "norm_first": True, "bias": args.bias}
+    block = torch.nn.TransformerEncoderLayer(*sizes, **options)
+    names = {"attn.c_attn.": "self_attn.in_proj_", "attn.c_proj": "self_attn.out_proj"}
+    names |= {"ln_1": "norm1", "ln_2": "norm2", "mlp.c_fc": "linear1", "mlp.c_proj": "linear2"}
+    x = p["wte.weight"][x] + p["wpe.weight"][: x.shape[1]]
+    for i in range(args.n_layer):
+        weights = {k.removeprefix(f"h.{i}."): v for k, v in p.items() if k.startswith(f"h.{i}.")}
+        for ours, theirs in names.items():
+            weights = {k.replace(ours, theirs): v for k, v in weights.items()}
+        block.load_state_dict(weights)
+        x = block(x, mask)
+    x = F.layer_norm(x, x.shape[-1:], p["ln_f.weight"], p.get("ln_f.bias"))
+    return x @ p["wte.weight"].T  # weight tying
+
+
+@pytest.mark.parametrize("bias", ["--bias", "--no-bias"])
+def test_logits_are_those_of_torchs_layers(bias):
+    args, model = small(bias)
+    x = torch.randint(65, (3, 13))
+    expected = logits_of_torchs_layers(args, model, x)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_biases_only_where_asked_and_zero_at_first():
@@ -104,10 +137,23 @@ def test_dropout_acts_in_training_only():
 def test_dropout_is_where_nanogpt_has_it(monkeypatch):
     """After the embeddings, on the attention weights, before every sum into the residual."""
     _, model = small("--dropout", 0.5)
-    real, shapes = F.dropout, []
-    monkeypatch.setattr(F, "dropout", lambda x, *a: shapes.append(x.shape) or real(x, *a))
-    model(torch.randint(65, (3, 16)))
-    assert shapes == [(3, 16, 16), *[(3, 2, 16, 16), (3, 16, 16), (3, 16, 16)] * 2]
+    real, found = F.dropout, []
+    monkeypatch.setattr(F, "dropout", lambda x, p, *a: found.append((x.shape, p)) or real(x, p, *a))
+    x = torch.randint(65, (3, 16))
+    model(x)
+    shapes = [(3, 16, 16), *[(3, 2, 16, 16), (3, 16, 16), (3, 16, 16)] * 2]
+    assert found == [(shape, 0.5) for shape in shapes]
+    real_sdpa, rates = F.scaled_dot_product_attention, []
+
+    def sdpa(q, k, v, dropout_p=0.0, is_causal=False):
+        rates.append(dropout_p)
+        return real_sdpa(q, k, v, dropout_p=dropout_p, is_causal=is_causal)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", sdpa)
+    _, model = small("--dropout", 0.5, "--sdpa")
+    model(x)
+    model.eval()(x)
+    assert rates == [0.5, 0.5, 0.0, 0.0]
 
 
 def test_bfloat16_agrees_with_float32():
@@ -129,6 +175,7 @@ def test_a_batch_is_windows_and_the_characters_after_them():
     seen = torch.cat([next(batches)[1].flatten() for _ in range(200)])
     assert seen.min() == 1
     assert seen.max() == 39
+    assert {x.device.type for x in next(step.minibatches(args, ids.to("meta")))} == {"meta"}
 
 
 def test_the_first_nine_tenths_train_and_the_rest_validates(tmp_path):
@@ -138,6 +185,10 @@ def test_the_first_nine_tenths_train_and_the_rest_validates(tmp_path):
     train_ids, val_ids, vocab = step.load_data(args)
     assert "".join(vocab[i] for i in train_ids) == text[:900]
     assert "".join(vocab[i] for i in val_ids) == text[900:]
+    assert vocab == "".join(sorted(set(text)))  # the same in every process
+    assert len(step.load_data(small("--input", tmp_path / "text.txt", "--block_size", 99)[0])) == 3
+    with pytest.raises(argparse.ArgumentTypeError, match="--block_size 100"):
+        step.load_data(small("--input", tmp_path / "text.txt", "--block_size", 100)[0])
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
@@ -240,6 +291,31 @@ def test_adamw_is_nanogpts_recipe():
     assert step.schedule(args, 5000) == step.schedule(args, 6000) == pytest.approx(1e-4)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_muons_defaults_are_those_that_were_measured(device):
+    args = step.parse_args(["--device", device])
+    found = args.learning_rate, args.min_lr, args.warmup_iters, args.beta1, args.beta2
+    assert found == (0.015 if device == "cpu" else 0.005, 0.0, 20, 0.9, 0.95)
+    found = args.weight_decay, args.grad_clip, args.batch_size, args.max_iters
+    assert found == (0.05, 0.0, *((32, 1000) if device == "cpu" else (64, 2000)))
+    assert (args.compile, args.sdpa) == (device == "cuda", device == "cuda")
+
+
+@pytest.mark.parametrize("warmup_iters", [0, 5, 20])
+def test_the_learning_rate_is_that_of_torchs_schedulers(warmup_iters):
+    flags = ["--max_iters", 20, "--learning_rate", 0.3, "--min_lr", 0.1]
+    args = small(*flags, "--warmup_iters", warmup_iters)[0]
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
+    kinds, n = torch.optim.lr_scheduler, warmup_iters
+    rise = kinds.LinearLR(optimizer, 1 / (n + 1), total_iters=max(n, 1))
+    fall = kinds.CosineAnnealingLR(optimizer, max(20 - n, 1), eta_min=0.1)
+    both = kinds.SequentialLR(optimizer, [rise, fall], [n]) if n else fall
+    for iter_num in range(21):
+        assert step.schedule(args, iter_num) == pytest.approx(both.get_last_lr()[0]), iter_num
+        optimizer.step()
+        both.step()
+
+
 def test_the_learning_rate_ends_at_lr_decay_iters():
     args = small("--lr_decay_iters", 100, "--max_iters", 200)[0]
     assert step.schedule(args, 60) > step.schedule(args, 100) == step.schedule(args, 150)
@@ -287,6 +363,7 @@ def test_matrices_decay_and_vectors_do_not(optimizer):
                 found[names[p]] = kind
                 assert group["weight_decay"] == (args.weight_decay if p.ndim == 2 else 0)
     assert found.keys() == set(names.values())
+    assert optimizers["adamw"].defaults["fused"]  # one kernel instead of several per tensor
     hidden = {name for name in found if name.startswith("h.") and "ln" not in name}
     hidden = {name for name in hidden if name.endswith("weight")}
     assert {name for name in found if found[name] == "muon"} == (
@@ -294,8 +371,11 @@ def test_matrices_decay_and_vectors_do_not(optimizer):
     )
 
 
-def test_muon_orthogonalizes():
+def test_muon_orthogonalizes(monkeypatch):
     """Singular values near 1 and the singular vectors of the input, whatever its scale."""
+    assert not step.orthogonalize(torch.zeros(1, 3, 4)).any()  # as of an unused layer
+    real, grams = torch.bmm, []
+    monkeypatch.setattr(torch, "bmm", lambda *xs: grams.append(real(*xs)) or grams[-1])
     for n, shape in [(1, (4, 4)), (3, (8, 20)), (2, (20, 8))]:
         x = torch.randn(n, *shape) * 1e-3
         u, s, vh = torch.linalg.svd(x, full_matrices=False)
@@ -305,6 +385,8 @@ def test_muon_orthogonalizes():
         values = aligned.diagonal(dim1=1, dim2=2)[s > 0.05 * s.norm(dim=1, keepdim=True)]
         assert 0.6 < values.min() <= values.max() < 1.3
         assert (aligned - torch.diag_embed(aligned.diagonal(dim1=1, dim2=2))).abs().max() < 0.05
+        assert {gram.shape for gram in grams} == {(n, min(shape), min(shape))}  # the cheaper one
+        grams.clear()
 
 
 @pytest.mark.parametrize("shapes", [[(6, 6)], [(12, 4), (4, 4), (16, 4), (4, 16), (12, 4)]])
@@ -362,6 +444,34 @@ def test_cached_sampling_writes_the_same_text(length):
     assert torch.equal(cached, step.generate(args, model, start, use_cache=False))
     assert torch.equal(cached[:, :length], start)
     assert len(cached.unique()) > 5
+
+
+@torch.no_grad()
+def written_by_hand(args, model, ids):
+    """Sample without a cache: a context that is over block_size long is cut to its last half."""
+    generator = torch.Generator().manual_seed(args.seed)
+    context = ids[:, -args.block_size :]
+    for _ in range(args.max_new_tokens):
+        if context.shape[1] > args.block_size:
+            context = context[:, -math.ceil(args.block_size / 2) :]
+        values, likely = model.eval()(context)[:, -1].topk(min(args.top_k or 65, 65))
+        p = torch.zeros(len(ids), 65).scatter(1, likely, (values / args.temperature).softmax(1))
+        new = torch.multinomial(p, 1, generator=generator)
+        context, ids = torch.cat([context, new], 1), torch.cat([ids, new], 1)
+    return ids
+
+
+@pytest.mark.parametrize("block_size", [1, 15, 16])
+@pytest.mark.parametrize("top_k", [0, 5, 99])
+def test_sampling_is_from_the_predicted_distribution(block_size, top_k):
+    flags = ["--max_new_tokens", 50, "--block_size", block_size, "--top_k", top_k]
+    for temperature, length in ((0.7, 1), (3.0, 16), (3.0, 30)):
+        args, model = small(*flags, "--temperature", temperature, "--seed", length)
+        start, lengths = torch.randint(65, (3, length)), []
+        model.register_forward_pre_hook(lambda _, given: lengths.append(given[0].shape[1]))  # noqa: B023
+        ids = step.generate(args, model, start)
+        assert lengths.count(1) >= 50 * (1 - 3 / block_size)  # a cache holds the others
+        assert torch.equal(ids, written_by_hand(args, model, start))
 
 
 def test_sampling_takes_the_most_likely_at_temperature_0():
@@ -437,6 +547,94 @@ def test_a_signal_saves_and_resume_goes_on(standins, tmp_path):
         assert final[key] == whole[key]
 
 
+def test_a_run_records_and_prints_its_time_speed_and_samples(
+    standins, tmp_path, monkeypatch, capsys
+):
+    """By a clock that load_data moves by 100 s, an evaluation by 10 s, a minibatch by 0.5 s."""
+    now, texts, bars = [1000.0], [], []
+
+    def takes(seconds, function):
+        def call(*given):
+            now[0] += seconds
+            return function(*given)
+
+        return call
+
+    def minibatches(*given, real=step.minibatches):
+        batches = real(*given)
+        while True:
+            yield takes(0.5, next)(batches)
+
+    def sample(*given, real=step.sample):
+        texts.append(real(*given))
+        return texts[-1]
+
+    class Bar(step.tqdm):
+        def __init__(self, *given, **options):
+            super().__init__(*given, **options)
+            bars.append((self.n, self.total, self.disable))
+
+    class Signals:
+        """A list of signals that gets its first one before the fifth iteration."""
+
+        def __bool__(self):
+            self.asked = getattr(self, "asked", 0) + 1
+            return self.asked > 4
+
+    monkeypatch.setattr(step, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(step, "load_data", takes(100, step.load_data))
+    monkeypatch.setattr(step, "evaluate", takes(10, step.evaluate))
+    monkeypatch.setattr(step, "minibatches", minibatches)
+    monkeypatch.setattr(step, "sample", sample)
+    monkeypatch.setattr(step, "tqdm", Bar)
+    (tmp_path / "samples.txt").write_text("of an earlier run")
+    flags = [*tiny_flags(STEP, standins, tmp_path), "--device", "cpu", "--dtype", "float32"]
+    flags += ["--max_iters", "5", "--eval_interval", "3"]
+    assert step.train(step.parse_args(flags), Signals())["iter"] == 3
+    last = tmp_path / "last.pt"
+    stopped = f"stopped at iteration 4; --init_from resume continues from {last}"
+    said = capsys.readouterr().out
+    assert stopped in said.splitlines() and "picture" not in said
+    assert torch.load(last, weights_only=True)["state"]["seconds"] == 122  # 100 + 2 * 10 + 4 / 2
+    final = step.train(step.parse_args([*flags, "--init_from", "resume"]))
+    logged, said = records(tmp_path), said + capsys.readouterr().out
+    assert logged[-1] == final
+    # The last one begins with the 122 seconds of the first run and 100 of its own.
+    assert [(r["iter"], r["seconds"]) for r in logged] == [(0, 100), (3, 111.5), (5, 222.5)]
+    assert "tokens_per_second" not in logged[0] and "train_loss" not in logged[0]
+    assert [r["tokens_per_second"] for r in logged[1:]] == [4 * 16 / 0.5] * 2  # of updates alone
+    args = step.parse_args(flags)
+    assert [r["learning_rate"] for r in logged] == [step.schedule(args, i) for i in (0, 3, 5)]
+    state = torch.load(last, weights_only=True)["state"]
+    assert (state["seconds"], state["loss_sum"], state["record"]) == (232.5, 0, final)
+    heads = (f"=== iter {r['iter']}, val_loss {r['val_loss']:.4f}" for r in logged)
+    written = "".join(f"{head}\n{text}\n\n" for head, text in zip(heads, texts))
+    assert (tmp_path / "samples.txt").read_text() == written
+    lines = said.splitlines()
+    n_params = sum(p.numel() for p in step.GPT(args, len(state["vocab"])).parameters()) - 16 * 16
+    assert lines[0] == f"{n_params:,} parameters without positions, cpu, float32"
+    for record, text in zip(logged, texts):
+        line = "  ".join(f"{key} {value:.5g}" for key, value in record.items())
+        assert f"{line}\n{text}\n" in said
+    assert lines[-2:] == [
+        f"val_loss {final['val_loss']:.4f} after 222 s",
+        f"picture: {tmp_path / 'loss.png'}",
+    ]
+    assert bars == [(0, 5, True), (4, 5, True)]  # not shown where there is no terminal
+
+
+def test_samples_are_written_as_utf8_on_every_system(tmp_path, monkeypatch):
+    def ascii_by_default(path, mode="r", encoding="ascii", real=open):
+        return real(path, mode, encoding=encoding)
+
+    monkeypatch.setattr("builtins.open", ascii_by_default)
+    args = small("--out_dir", tmp_path)[0]
+    for i in (0, 3):
+        step.log_sample(args, {"iter": i, "val_loss": 1.23456}, "caf\u00e9")
+    written = "".join(f"=== iter {i}, val_loss 1.2346\ncaf\u00e9\n\n" for i in (0, 3))
+    assert (tmp_path / "samples.txt").read_bytes().decode() == written
+
+
 def test_a_shorter_block_crops_the_positions():
     _, model = small()
     _, short = small("--block_size", 8)
@@ -457,7 +655,7 @@ def test_resume_with_a_cropped_block(standins, tmp_path):
 
 
 def test_sample_takes_the_sizes_and_the_vocabulary_from_the_checkpoint(standins, tmp_path, capsys):
-    step.train(step.parse_args(tiny_flags(STEP, standins, tmp_path)))
+    step.train(step.parse_args([*tiny_flags(STEP, standins, tmp_path), "--bias"]))
     capsys.readouterr()
     flags = ["--out_dir", tmp_path, "--max_new_tokens", 7]
     assert run_sample(*flags, "--prompt", "The ")[0] == 0
@@ -469,12 +667,16 @@ def test_sample_takes_the_sizes_and_the_vocabulary_from_the_checkpoint(standins,
     assert capsys.readouterr().out.startswith("The rest")
 
 
-def test_eval_only_changes_no_file(standins, tmp_path):
+def test_eval_only_changes_no_file(standins, tmp_path, capsys):
     flags = tiny_flags(STEP, standins, tmp_path)
     final = step.train(step.parse_args(flags))
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    capsys.readouterr()
     again = step.train(step.parse_args([*flags, "--init_from", "resume", "--eval_only"]))
-    assert again["val_loss"] == final["val_loss"]
+    assert again == {"iter": 6, "val_loss": final["val_loss"]}
+    text = (tmp_path / "samples.txt").read_text().rpartition("===")[2].partition("\n")[2]
+    said = capsys.readouterr().out.rstrip("\n")
+    assert said.endswith(f"val_loss {final['val_loss']:.4f}\n{text.rstrip()}")
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
 
