@@ -197,13 +197,13 @@ def test_early_stopping_keeps_the_parameters_of_the_lowest_loss(data, monkeypatc
     for i in range(7):
         one.model.out.bias.data.fill_(i)
         stopped.append(one.stop_early(patience=3))
-        kept.append(one.kept.out.bias[0].item())
+        kept.append(one.best_model.out.bias[0].item())
     assert kept == [0, 1, 1, 3, 3, 3, 3]
     assert stopped == 6 * [False] + [True]
     assert all(pair == (one.model, one.val_set) for pair in seen)
     plain = new_run("none", data[0])
     assert not plain.stop_early(patience=1)
-    assert plain.kept is plain.model
+    assert plain.best_model is plain.model
 
 
 # ---------- training ----------
@@ -260,7 +260,7 @@ def test_training_is_that_of_torchs_layers_and_gradients(standins, tmp_path, mon
             expected = {"iter": iter_num}
             for name in dropout.REGULARIZERS:
                 same = [one for one, its_name in zip(runs, names) if its_name == name]
-                models = [one.kept if name == "early_stopping" else one.model for one in same]
+                models = [one.best_model if name == "early_stopping" else one.model for one in same]
                 losses, accuracies = zip(*(measure(model, test_set) for model in models))
                 trained = [measure(model, one.train_set)[0] for model, one in zip(models, same)]
                 expected[f"{name}_train_loss"] = sum(trained) / 2
@@ -279,7 +279,7 @@ def test_training_is_that_of_torchs_layers_and_gradients(standins, tmp_path, mon
             if name == "early_stopping" and iter_num % 2 == 0:
                 one.val_losses.append(measure(one.model, one.val_set)[0])
                 if min(one.val_losses) == one.val_losses[-1]:
-                    one.kept = copy.deepcopy(one.model)
+                    one.best_model = copy.deepcopy(one.model)
         for one, name in zip(runs, names):
             if name == "early_stopping" and min(one.val_losses) < one.val_losses[-1]:
                 continue  # has stopped, and adds no loss
@@ -313,7 +313,7 @@ def test_summary_is_the_mean_and_the_standard_deviation_over_seeds(data, monkeyp
         return {f"{name}_loss": 2 - accuracy, f"{name}_accuracy": accuracy}
 
     monkeypatch.setattr(dropout, "evaluate", evaluate)
-    runs = [SimpleNamespace(kept=None, train_set=None) for _ in range(3)]
+    runs = [SimpleNamespace(best_model=None, train_set=None) for _ in range(3)]
     expected = {"x_train_loss": 2, "x_test_loss": 1.2, "x_test_accuracy": 0.8, "x_spread": 0.1}
     assert dropout.summarize(runs, None, "x") == pytest.approx(expected)
     accuracies = iter([0.8])

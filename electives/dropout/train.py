@@ -4,12 +4,13 @@ Parent:  07_mnist_mlp
 New:     augment, Dropout, Run, summarize, save_spread
 Changed: MLP, train, parse_args
 
-A network with more parameters than examples can learn every training image, noise included.
-Regularization keeps it from that: weight decay pulls the weights towards zero, dropout zeroes units
-at random in training, early stopping keeps the parameters that did best on held-out images, and
-augmentation makes new images of the old ones. Each is trained with several seeds, which choose the
-images and the first weights. Is its gain larger than the spread over the seeds (spread.png)? Does
-it lower the test loss, raise the test accuracy, or both? What does early stopping pay for?
+A network with more parameters than examples can memorize all training images, noise included.
+Regularization works against that: weight decay pulls the parameters towards zero, dropout zeroes
+units at random in training, early stopping keeps the parameters with the lowest loss on held-out
+images, and augmentation makes new images from the old ones. Every regularizer is tried with several
+seeds, which choose the training images and the initial weights. Is its gain in accuracy larger than
+the spread over the seeds (spread.png)? Does it lower the test loss, raise the test accuracy, or
+both? Why is the accuracy of early stopping below that of no regularization?
 
 Try:     --n_train 10000 (what is left of the gains?), --dropout 0.9, --shift 6
 Source:  Srivastava et al. 2014, "Dropout: a simple way to prevent neural networks from
@@ -90,9 +91,10 @@ class Dropout(nn.Module):
     def forward(self, x):
         if not self.training:
             return x
-        kept = torch.rand_like(x) >= self.p  # anew for every unit of every example
-        # Inverted scaling: sums over the units keep their mean, so that evaluation needs none.
-        return x * kept / (1 - self.p)
+        is_kept = torch.rand_like(x) >= self.p  # a new mask for every unit of every example
+        # Inverted dropout: scaled by 1 / (1 - p), each unit keeps its expected value, so that
+        # evaluation, where all units are present, needs no scaling.
+        return x * is_kept / (1 - self.p)
 
 
 class MLP(nn.Module):
@@ -129,8 +131,8 @@ def evaluate(model, dataset, name):
 
 def summarize(runs, test_set, name):
     """Return mean losses of the runs, and mean and standard deviation of their test accuracies."""
-    train = [evaluate(run.kept, run.train_set, "train")["train_loss"] for run in runs]
-    test = [evaluate(run.kept, test_set, "test") for run in runs]
+    train = [evaluate(run.best_model, run.train_set, "train")["train_loss"] for run in runs]
+    test = [evaluate(run.best_model, test_set, "test") for run in runs]
     for run, result in zip(runs, test):
         run.test_accuracy = result["test_accuracy"]
     accuracy = torch.tensor([run.test_accuracy for run in runs])
@@ -143,7 +145,7 @@ def summarize(runs, test_set, name):
 
 
 def save_spread(runs, path):
-    """Draw the test accuracy of every run into the PNG file path, and the means."""
+    """Draw the test accuracies of the runs {name: runs}, and their means, into the file path."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
     for row, group in enumerate(runs.values()):
@@ -172,10 +174,10 @@ class Run:
     """A model in training, with its images and its regularizers."""
 
     def __init__(self, args, name, seed, train_set):
-        torch.manual_seed(seed)  # the same images and first weights for all regularizers
+        torch.manual_seed(seed)  # the same images and initial weights for all regularizers
         x, y = train_set[torch.randperm(len(train_set))[: args.n_train]]
         used = REGULARIZERS[name]
-        # Early stopping trains on four fifths of the images only, the price of held-out ones.
+        # The held-out images of early stopping are a fifth of the images: it trains on the others.
         n_val = len(x) // 5 if "early_stopping" in used else 0
         self.val_set = TensorDataset(x[:n_val], y[:n_val])
         self.train_set = TensorDataset(x[n_val:], y[n_val:])
@@ -188,17 +190,17 @@ class Run:
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=args.learning_rate, weight_decay=weight_decay
         )
-        self.kept = self.model  # the model that is measured
+        self.best_model = self.model  # early stopping replaces it by copies
         self.val_losses = []
 
     def stop_early(self, patience):
-        """Keep the model if its held-out loss is the lowest; return whether training is to stop."""
+        """Keep a copy of the model if its held-out loss is a new lowest; return whether to stop."""
         if not len(self.val_set):
             return False
         self.val_losses.append(evaluate(self.model, self.val_set, "val")["val_loss"])
         lowest = self.val_losses.index(min(self.val_losses))
         if lowest == len(self.val_losses) - 1:
-            self.kept = copy.deepcopy(self.model)
+            self.best_model = copy.deepcopy(self.model)
         return len(self.val_losses) - 1 - lowest >= patience
 
 
@@ -288,7 +290,7 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("optimizer").add_argument
     flag("--learning_rate", type=number(float, 0), default=0.2, help="usually 0.001 to 0.5")
     flag("--weight_decay", type=number(float, 0), default=3e-3, help="usually 1e-4 to 1e-2")
-    flag("--val_interval", type=number(int, 1), default=10, help="iterations between checks")
+    flag("--val_interval", type=number(int, 1), default=10, help="iterations per held-out check")
     flag("--patience", type=number(int, 1), default=20, help="checks without a new lowest loss")
     flag("--max_iters", type=number(int, 1), default=1500, help="number of parameter updates")
     flag = parser.add_argument_group("logging").add_argument
