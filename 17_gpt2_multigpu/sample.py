@@ -34,7 +34,10 @@ def main(argv):
     """Print args.num_samples samples."""
     args = parse_args(argv)
     if args.prompt.startswith("FILE:"):
-        args.prompt = Path(args.prompt[5:]).read_text(encoding="utf-8")
+        file = Path(args.prompt[5:])
+        args.prompt = file.read_text(encoding="utf-8")
+        if not args.prompt:
+            raise argparse.ArgumentTypeError(f"--prompt FILE:{file} is empty")
     print(sample(args, load_model(args)))
 
 

@@ -95,7 +95,8 @@ def test_logits_are_those_of_torchs_layers(bias):
     args, model = small(bias)
     x = torch.randint(65, (3, 13))
     expected = logits_of_torchs_layers(args, model, x)
-    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    for training in (True, False):
+        torch.testing.assert_close(model.train(training)(x), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_biases_only_where_asked_and_zero_at_first():
@@ -730,8 +731,9 @@ def test_what_sample_cannot_do_is_one_line(standins, tmp_path):
     step.train(step.parse_args(tiny_flags(STEP, standins, tmp_path)))
     assert_one_line(run_sample(*flags, "--prompt", "caf\u00e9"), "--prompt", "\u00e9")
     assert_one_line(run_sample(*flags, "--prompt", "FILE:/nowhere"), "/nowhere")
-    (tmp_path / "prompt.txt").write_bytes(b"caf\xe9")
-    assert_one_line(run_sample(*flags, "--prompt", f"FILE:{tmp_path / 'prompt.txt'}"), "utf-8")
+    for content, word in ((b"caf\xe9", "utf-8"), (b"", "is empty")):
+        (tmp_path / "prompt.txt").write_bytes(content)
+        assert_one_line(run_sample(*flags, "--prompt", f"FILE:{tmp_path / 'prompt.txt'}"), word)
 
 
 @pytest.mark.parametrize(

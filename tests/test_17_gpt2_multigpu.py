@@ -447,6 +447,8 @@ def test_sample_takes_the_sizes_from_the_checkpoint(small_data, tmp_path, bytes_
     flags += ["--prompt", f"FILE:{tmp_path / 'prompt.txt'}"]
     assert run_script("sample", *flags) == (0, "")
     assert capsys.readouterr().out.startswith("Good night")
+    (tmp_path / "prompt.txt").write_text("")
+    assert_one_line(run_script("sample", *flags), f"FILE:{tmp_path / 'prompt.txt'} is empty")
 
 
 # ---------- evaluation ----------
