@@ -108,7 +108,7 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head = args.n_head
         self.sdpa = args.sdpa
-        self.dropout = args.dropout
+        self.dropout = args.attn_dropout
         self.c_attn = nn.Linear(args.n_embd, 3 * args.n_embd, bias=args.bias)
         self.c_proj = nn.Linear(args.n_embd, args.n_embd, bias=args.bias)
 
@@ -630,6 +630,7 @@ def parse_args(argv=None):
     flag("--n_head", type=number(int, 1), help="attention heads; divides n_embd")
     flag("--n_embd", type=number(int, 1), help="size of an embedding")
     flag("--dropout", type=number(float, 0, 0.99), help="usually 0 to 0.5")
+    flag("--attn_dropout", type=number(float, 0, 0.99), help="of attention weights; None: dropout")
     switch = argparse.BooleanOptionalAction
     flag("--bias", action=switch, default=False, help="in linear layers and layer norms, as GPT-2")
     flag("--sdpa", action=switch, help="torch's fused attention kernel")
@@ -667,6 +668,7 @@ def parse_args(argv=None):
     for key in (args.device, args.optimizer, (args.device, args.optimizer)):
         parser.set_defaults(**DEFAULTS[key])
     args = argparse.Namespace(**vars(parser.parse_args(argv)) | {"device": args.device})
+    args.attn_dropout = args.dropout if args.attn_dropout is None else args.attn_dropout
     if not args.prompt:
         parser.error("--prompt is empty: the model needs at least one character to continue")
     if args.n_embd % args.n_head:

@@ -144,6 +144,10 @@ def test_dropout_is_where_nanogpt_has_it(monkeypatch):
     model(x)
     shapes = [(3, 16, 16), *[(3, 2, 16, 16), (3, 16, 16), (3, 16, 16)] * 2]
     assert found == [(shape, 0.5) for shape in shapes]
+    found.clear()
+    _, model = small("--dropout", 0.5, "--attn_dropout", 0.25)
+    model(x)
+    assert found == [(shape, 0.25 if len(shape) == 4 else 0.5) for shape in shapes]
     real_sdpa, rates = F.scaled_dot_product_attention, []
 
     def sdpa(q, k, v, dropout_p=0.0, is_causal=False):
