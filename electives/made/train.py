@@ -9,16 +9,17 @@ An autoregressive model writes the probability of an image as a product, one fac
 
     p(x) = p(x_1) p(x_2 | x_1) p(x_3 | x_1, x_2) ...
 
-MADE, a masked autoencoder, computes all factors at once: every hidden unit is given a number m and
-sees only the first m pixels, and the output of a pixel sees only hidden units whose pixels precede
-it. Masks, which multiply the weights by zeros and ones, see to that. Unlike a variational
-autoencoder's, the likelihood is exact; sampling is slow, one pass through the network per pixel.
+MADE, a masked autoencoder, computes all factors in one pass: every hidden unit has a degree m and
+depends only on pixels 0 to m, and the output for a pixel depends only on hidden units of a lower
+degree than its position. Masks of zeros and ones, which multiply the weights, remove all other
+connections. Unlike a variational autoencoder's, the likelihood is exact; sampling is slow, with one
+pass through the network per pixel.
 
 Training images are binarized anew for every minibatch (dynamic binarization), test images once;
-Germain et al. report 88.04 nats with one hidden layer, on training images binarized once.
-See completions.png: digits, their upper halves, and samples of the lower halves.
+Germain et al. report 88.04 nats with one hidden layer and 32 masks, on training images binarized
+once. Look at completions.png: digits, their upper halves, and samples of the lower halves.
 
-Try:     --n_masks 4 --order random (four models in one, averaged: is it worth its price?)
+Try:     --n_masks 4 --order random (an ensemble in one network: is it worth its cost?)
 Source:  Germain et al. 2015, "MADE: masked autoencoder for distribution estimation".
 """
 
@@ -67,8 +68,8 @@ def load_data(args):
                 f"put MNIST there, or stand-ins: python tests/standins.py {args.data_dir}"
             ) from error
         datasets.append((x.flatten(1) / 255, y))  # x (N, 784), 0 to 1
-    # The models are of black and white images: a pixel's brightness is its probability of being
-    # white. Test images are sampled here, the same in every run, training images per minibatch.
+    # Binarization: a pixel becomes 1 with a probability equal to its brightness, else 0. Test
+    # images are sampled here, the same in every run, training images anew for every minibatch.
     (x, y), (x_test, y_test) = datasets
     x_test = x_test.bernoulli(generator=torch.Generator().manual_seed(0))
     return TensorDataset(x, y), TensorDataset(x_test, y_test)
@@ -97,7 +98,7 @@ class MADE(nn.Module):
         sizes = [n_inputs] + n_layer * [n_hidden]
         self.hidden = nn.ModuleList(MaskedLinear(n_in, n_out) for n_in, n_out in pairwise(sizes))
         self.out = MaskedLinear(sizes[-1], n_inputs)
-        self.direct = MaskedLinear(n_inputs, n_inputs)  # from pixel to pixel
+        self.direct = MaskedLinear(n_inputs, n_inputs)  # direct connections, input to output
         self.order = order
         for param in self.parameters():
             nn.init.zeros_(param)
@@ -106,18 +107,18 @@ class MADE(nn.Module):
         self.set_masks(0)
 
     def set_masks(self, seed):
-        """Choose order and masks; the same seed gives the same ones."""
+        """Sample the order of the pixels and the masks; the same seed gives the same ones."""
         generator = torch.Generator().manual_seed(seed)
         n_inputs = len(self.out.bias)
         self.position = torch.arange(n_inputs)  # (D,), of each pixel in the order, from 0
         if self.order == "random":
             self.position = torch.randperm(n_inputs, generator=generator)
-        # A hidden unit of degree m may depend on the pixels at positions 0 to m. So may the units
-        # of the next layer whose degree is as high, and the pixels at the positions after m.
+        # A hidden unit of degree m depends on pixels at positions 0 to m only. It is an input to
+        # units of the next layer of degree m or more, and to outputs at positions after m.
         degree = self.position
         for layer in self.hidden:
             previous, n_units = degree, len(layer.bias)
-            low = min(int(previous.min()), n_inputs - 2)
+            low = min(int(previous.min()), n_inputs - 2)  # with a lower degree it had no inputs
             degree = torch.randint(low, n_inputs - 1, (n_units,), generator=generator)
             layer.mask = (degree[:, None] >= previous).float()  # (n_units, n_units before)
         self.out.mask = (self.position[:, None] > degree).float()  # (D, n_hidden)
@@ -133,7 +134,7 @@ class MADE(nn.Module):
         """Return log p(x) (B,) of images x (B, D), in nats."""
         logits = self(x)  # (B, D)
         # log p = x log sigmoid(logit) + (1 - x) log sigmoid(-logit) = x logit - log(1 + exp(logit))
-        # and exp must not overflow. F.softplus is the same, but five times slower on a CPU.
+        # The last term is softplus, in a form whose exp cannot overflow; F.softplus is slower on CPUs.
         softplus = F.relu(logits) + (1 + (-logits.abs()).exp()).log()
         return (x * logits - softplus).sum(-1)  # (B,)
 
@@ -174,7 +175,7 @@ class OptaxOptimizer:
 def evaluate(model, dataset, name, n_masks):
     """Return {name}_loss: the negative log-likelihood in nats per image, on a TensorDataset.
 
-    The probability of an image is the mean of those by the n_masks sets of masks.
+    With several sets of masks, the probability of an image is the mean over this ensemble.
     """
     with torch.random.fork_rng([]):  # the same images every time, and training's left alone
         torch.manual_seed(0)
@@ -198,7 +199,7 @@ def sample(model, x, n_known):
 
 def save_images(images, path, nrow):
     """Write images (N, 784) of values from 0 to 1 into the PNG file path, nrow per row."""
-    grid = make_grid(images.view(-1, 1, 28, 28), nrow)[:1]  # (1, height, width), not red green blue
+    grid = make_grid(images.view(-1, 1, 28, 28), nrow)[:1]  # (1, H, W); make_grid repeats it: RGB
     write_png((255 * grid).byte(), str(path))
 
 
@@ -234,7 +235,7 @@ def train(args):
     train_eval = TensorDataset(*train_set[: len(test_set)])  # as many images as the test set has
     batches = minibatches(train_set, args.batch_size)
     model = MADE(28 * 28, args.n_hidden, args.n_layer, args.order)
-    # Before it has learned what follows from the pixels before, it predicts the mean image.
+    # The output bias starts at the logits of the mean image: they need not be learned.
     model.out.bias.data = train_set.tensors[0].mean(0).logit(eps=1e-3)  # (784,)
     warmup = min(args.warmup_iters, args.max_iters - 1)
     schedule = optax.warmup_cosine_decay_schedule(0, args.learning_rate, warmup, args.max_iters)
@@ -298,8 +299,8 @@ def parse_args(argv=None):
     flag("--n_layer", type=number(int, 0), default=1, help="number of hidden layers")
     flag("--n_hidden", type=number(int, 1), default=1500, help="units per hidden layer")
     orders = ["raster", "random"]
-    flag("--order", choices=orders, default="raster", help="row by row, or a random one per mask")
-    flag("--n_masks", type=number(int, 1), default=1, help="sets of masks; p(x) is their mean")
+    flag("--order", choices=orders, default="raster", help="row by row, or random per set of masks")
+    flag("--n_masks", type=number(int, 1), default=1, help="sets of masks, averaged in p(x)")
     flag = parser.add_argument_group("optimizer").add_argument
     flag("--learning_rate", type=number(float, 0), default=1e-2, help="peak; usually 1e-4 to 1e-2")
     flag("--warmup_iters", type=number(int, 0), default=200, help="linear warm-up; usually 1-10%%")
