@@ -134,7 +134,7 @@ class MADE(nn.Module):
         """Return log p(x) (B,) of images x (B, D), in nats."""
         logits = self(x)  # (B, D)
         # log p = x log sigmoid(logit) + (1 - x) log sigmoid(-logit) = x logit - log(1 + exp(logit))
-        # The last term is softplus, in a form whose exp cannot overflow; F.softplus is slower on CPUs.
+        # The last term, softplus, in a form whose exp cannot overflow; F.softplus takes longer.
         softplus = F.relu(logits) + (1 + (-logits.abs()).exp()).log()
         return (x * logits - softplus).sum(-1)  # (B,)
 

@@ -17,7 +17,7 @@ TITLE = "Elective vae: variational autoencoder on binarized MNIST"
 # Per panel: axes, metrics drawn as curves, horizontal reference lines (label: metric or number).
 PANELS = [
     {
-        "axes": {"ylabel": "negative log-likelihood (nats per image)", "ylim": (83, 110)},
+        "axes": {"ylabel": "negative bound, NLL (nats per image)", "ylim": (83, 110)},
         "curves": ["train_loss", "test_loss", "test_nll"],
         "references": {"VAE (Burda et al. 2016)": 86.76, "IWAE, k = 50 (the same)": 84.78},
     },

@@ -4,18 +4,19 @@ Parent:  08_mnist_adam
 New:     kl_divergence, VAE, save_images, save_pictures
 Changed: load_data, MLP, evaluate, train, parse_args
 
-The model explains an image x by a latent vector z, sampled from the prior p(z) = N(0, I); the
-decoder turns z into the probability of each pixel, p(x|z). The likelihood p(x) of an image is an
-integral over all z, of which few explain it. The encoder predicts them, q(z|x) = N(mean, std^2),
-and training maximizes a lower bound of log p(x), the evidence lower bound (ELBO):
+The model explains an image x by a latent vector z, sampled from the prior p(z) = N(0, I): the
+decoder turns z into the probability of each pixel, p(x|z). The likelihood p(x) is an integral over
+all z, but only few z make a given image likely. The encoder predicts which, as a normal
+distribution q(z|x), and training maximizes a lower bound of log p(x):
 
-    log p(x) >= E_q[log p(x|z)] - KL(q(z|x) || p(z))      reconstruction minus cost of the code z
+    log p(x) >= E_q[log p(x|z)] - KL(q(z|x) || p(z))      evidence lower bound (ELBO)
     log p(x) >= E_q[log 1/k sum_i p(x, z_i) / q(z_i|x)]   importance-weighted, k samples: tighter
 
-Gradients pass through the sampled z by the reparameterization z = mean + std * noise. Look at
-samples.png, digits that nobody wrote, and at plane.png. test_nll estimates -log p(x) by the second
-bound with 500 samples. Burda et al. report 86.76 nats with 5,000, after 3,280 epochs: 48 times as
-many as here.
+The ELBO is the expected log-likelihood of reconstruction, less the information in the code z. Its
+gradient passes through the sampled z by the reparameterization z = mean + std * noise. Look at
+samples.png, images of random z, and at plane.png. test_nll estimates -log p(x) by the second bound
+with 500 samples. Burda et al. report 86.76 nats with 5,000, after 3,280 epochs: 48 times as many as
+here.
 
 Try:     --k 5 (the tighter bound: what does it cost?), --n_latent 2 (and look at plane.png)
 Source:  Kingma and Welling 2014, "Auto-encoding variational Bayes"; Burda, Grosse and Salakhutdinov
@@ -67,8 +68,8 @@ def load_data(args):
                 f"put MNIST there, or stand-ins: python tests/standins.py {args.data_dir}"
             ) from error
         datasets.append((x.flatten(1) / 255, y))  # x (N, 784), 0 to 1
-    # The models are of black and white images: a pixel's brightness is its probability of being
-    # white. Test images are sampled here, the same in every run, training images per minibatch.
+    # Binarization: a pixel becomes 1 with a probability equal to its brightness, else 0. Test
+    # images are sampled here, the same in every run, training images anew for every minibatch.
     (x, y), (x_test, y_test) = datasets
     x_test = x_test.bernoulli(generator=torch.Generator().manual_seed(0))
     return TensorDataset(x, y), TensorDataset(x_test, y_test)
@@ -105,15 +106,15 @@ class MLP(nn.Module):
 
 def kl_divergence(mean, log_std):
     """Return KL(N(mean, std^2) || N(0, I)) in nats, (B,), of mean and log_std (B, Z)."""
-    # E_q[log q - log p] per latent, where E_q[(z - mean)^2] = std^2 and E_q[z^2] = mean^2 + std^2:
-    # (-log std - 1/2) - (-(mean^2 + std^2) / 2)
+    # E_q[log q - log p] per latent variable is, since E_q[(z - mean)^2] = std^2 and E_q[z^2] =
+    # mean^2 + std^2, and as log(2 pi) / 2 cancels: (-log std - 1/2) - (-(mean^2 + std^2) / 2)
     return (0.5 * (mean**2 + (2 * log_std).exp() - 1) - log_std).sum(-1)
 
 
 class VAE(nn.Module):
     """Maps images x (B, D) of zeros and ones to a lower bound of log p(x) (B,), in nats.
 
-    Shapes: B images, D pixels, Z latents, k samples of z per image.
+    Shapes: B images, D pixels, Z latent variables, k samples of z per image.
     """
 
     def __init__(self, n_inputs, n_hidden, n_layer, n_latent, dropout):
@@ -122,21 +123,21 @@ class VAE(nn.Module):
         self.decoder = MLP(n_latent, n_hidden, n_layer, n_inputs, dropout)
 
     def log_likelihood(self, x, z):
-        """Return log p(x|z) (k, B) of independent pixels, for images x (B, D) and z (k, B, Z)."""
+        """Return log p(x|z) (k, B) of images x (B, D), whose pixels are independent given z."""
         logits = self.decoder(z)  # (k, B, D)
         # log p = x log sigmoid(logit) + (1 - x) log sigmoid(-logit) = x logit - log(1 + exp(logit))
-        # and exp must not overflow. F.softplus is the same, but five times slower on a CPU.
+        # The last term, softplus, in a form whose exp cannot overflow; F.softplus takes longer.
         softplus = F.relu(logits) + (1 + (-logits.abs()).exp()).log()
         return (x * logits - softplus).sum(-1)  # (k, B)
 
     def forward(self, x, k):
         mean, log_std = self.encoder(x).chunk(2, dim=-1)  # (B, Z) each
-        # Sampling has no gradient. Sampling noise and computing z from it has: z moves with mean
-        # and std (the reparameterization trick).
+        # The reparameterization trick: a sample has no gradient, but as a function of mean, std and
+        # noise that does not depend on them, z has.
         noise = torch.randn(k, *mean.shape)  # (k, B, Z)
         z = mean + log_std.exp() * noise  # (k, B, Z)
         log_likelihood = self.log_likelihood(x, z)  # (k, B)
-        if k == 1:  # the ELBO, whose second term needs no sampling
+        if k == 1:  # the ELBO, whose second term has a closed form
             return log_likelihood[0] - kl_divergence(mean, log_std)  # (B,)
         # log p(z) - log q(z|x); the constants of the two normal densities cancel.
         log_ratio = (0.5 * (noise**2 - z**2) + log_std).sum(-1)  # (k, B)
@@ -189,19 +190,19 @@ def evaluate(model, dataset, name, k):
 
 def save_images(images, path, nrow):
     """Write images (N, 784) of values from 0 to 1 into the PNG file path, nrow per row."""
-    grid = make_grid(images.view(-1, 1, 28, 28), nrow)[:1]  # (1, height, width), not red green blue
+    grid = make_grid(images.view(-1, 1, 28, 28), nrow)[:1]  # (1, H, W); make_grid repeats it: RGB
     write_png((255 * grid).byte(), str(path))
 
 
 @torch.no_grad()
 def save_pictures(model, dataset, out_dir):
-    """Write samples.png, images of random z, and plane.png, images of z on a plane."""
+    """Write samples.png, images of z from the prior, and plane.png, images of z on a plane."""
     model.eval()
     mean, log_std = model.encoder(dataset.tensors[0]).chunk(2, dim=-1)  # (N, Z) each
     z = torch.randn(100, mean.shape[1])  # (100, Z), samples of the prior
     save_images(model.decoder(z).sigmoid(), out_dir / "samples.png", nrow=10)
-    # The plane of the two latents that say most about an image; all others are zero. Its points
-    # are quantiles of the prior, so that each stands for equally many samples.
+    # On the plane, only the two latent variables with the largest KL divergence, that is, with most
+    # information, vary; the others are 0. Its points are quantiles of the prior, equally likely.
     kl = [kl_divergence(*pair).mean() for pair in zip(mean.split(1, 1), log_std.split(1, 1))]
     axes = torch.stack(kl).argsort(descending=True)[:2]
     quantiles = 2**0.5 * torch.erfinv(torch.linspace(-0.95, 0.95, 12))
@@ -230,7 +231,7 @@ def train(args):
     train_eval = TensorDataset(*train_set[: len(test_set)])  # as many images as the test set has
     batches = minibatches(train_set, args.batch_size)
     model = VAE(28 * 28, args.n_hidden, args.n_layer, args.n_latent, args.dropout)
-    # Without z, predict the mean image: z is then free to say how an image differs from it.
+    # The output bias starts at the logits of the mean image: they need not be learned.
     model.decoder.out.bias.data = train_set.tensors[0].mean(0).logit(eps=1e-3)  # (784,)
     warmup = min(args.warmup_iters, args.max_iters - 1)
     schedule = optax.warmup_cosine_decay_schedule(0, args.learning_rate, warmup, args.max_iters)
@@ -296,14 +297,14 @@ def parse_args(argv=None):
     flag("--n_hidden", type=number(int, 1), default=200, help="units per hidden layer")
     flag("--n_latent", type=number(int, 2), default=50, help="latent variables; usually 2 to 64")
     flag("--dropout", type=number(float, 0, 0.99), default=0, help="usually 0 to 0.5")
-    flag("--k", type=number(int, 1), default=1, help="samples per image of the bound; 1: the ELBO")
+    flag("--k", type=number(int, 1), default=1, help="samples of z per image; 1: the ELBO")
     flag = parser.add_argument_group("optimizer").add_argument
     flag("--learning_rate", type=number(float, 0), default=2e-3, help="peak; usually 1e-4 to 1e-2")
     flag("--warmup_iters", type=number(int, 0), default=200, help="linear warm-up; usually 1-10%%")
     flag("--max_iters", type=number(int, 1), default=32000, help="number of parameter updates")
     flag = parser.add_argument_group("logging").add_argument
     flag("--eval_interval", type=number(int, 1), default=2000, help="iterations per evaluation")
-    flag("--eval_k", type=number(int, 1), default=500, help="samples of test_nll; papers: 5000")
+    flag("--eval_k", type=number(int, 1), default=500, help="samples of z for test_nll")
     flag("--out_dir", type=Path, default=Path(__file__).parent / "out", help="output directory")
     flag = parser.add_argument_group("system").add_argument
     flag("--seed", type=number(int, 0), default=1337, help="seed of the random numbers")
