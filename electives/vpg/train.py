@@ -5,21 +5,25 @@ New:     rewards_to_go, policy_loss, evaluate, draw_episode
 Changed: minibatches, train, parse_args
 Gone:    load_data
 
-The model is a policy, the probabilities of the actions in a state. No label says which action is
-right, but the policy makes its own data by acting, and rewards follow. The gradient of the expected
-return is the mean of the gradient of log p(action | state) times the rewards to go, those that
-follow the action (the policy gradient theorem). So the loss is a cross-entropy with the actions as
-labels, each weighted by its reward to go. To subtract a baseline, the return that a second network
-predicts from the state, leaves the expected gradient as it is and greatly lowers its variance; the
+The model is a policy: it maps a state to the probabilities of the actions. No label says which
+action is right; the policy acts, and rewards follow. Its parameters climb the gradient of the
+expected return, the sum of an episode's rewards, which is (the policy gradient theorem)
+
+    E[sum over t of grad log p(action_t | state_t) * (reward_t + reward_t+1 + ...)]
+
+So the loss is a cross-entropy with the actions as labels, each weighted by its reward to go, the
+rewards that follow. Subtracting a baseline from these, here the return that a second network
+predicts from the state, leaves the expected gradient unchanged and greatly lowers its variance; the
 differences are called advantages. A bonus for the policy's entropy keeps it exploring. Look at
 loss.png, and at episode.png: frames of an episode, untrained (above) and trained (below).
 
-Try:     --n_frames 32 (what does it do to rely on the baseline sooner?), --entropy_coef 0, or
+Try:     --n_frames 32 (returns are bootstrapped sooner: better or worse?), --entropy_coef 0, or
          Acrobot-v1, another environment, which these settings do not solve (why?)
 Source:  Williams 1992, "Simple statistical gradient-following algorithms for connectionist
          reinforcement learning"; Sutton et al. 2000, "Policy gradient methods for reinforcement
-         learning with function approximation"; Pardo et al. 2018, "Time limits in
-         reinforcement learning"; Williams and Peng 1991 (entropy bonus).
+         learning with function approximation"; Pardo et al. 2018, "Time limits in reinforcement
+         learning" (bootstrapping at truncation); Williams and Peng 1991, "Function optimization
+         using connectionist reinforcement learning algorithms" (the entropy bonus).
 """
 
 import os
@@ -54,9 +58,10 @@ def rewards_to_go(rewards, terminated, truncated, values, gamma):
     """Return the discounted sum of the rewards from each frame to the end of its episode, (T, N).
 
     For T frames of N environments: rewards and flags (T, N), and the baseline's values (T + 1, N),
-    one row more because frame t leads to the state of row t + 1. An episode that has terminated
-    (the pole fell) has no rewards after that. One that was truncated (its time was up) or that the
-    next call continues would have had more: the value of its last state stands for them.
+    one row more because frame t leads to the state of row t + 1. After an episode has terminated
+    (the pole fell), no rewards follow. One that was truncated (its time was up), or that goes on in
+    the next minibatch, would have had more: the value of its last state estimates them
+    (bootstrapping).
     """
     returns = torch.empty_like(values)
     returns[-1] = values[-1]
@@ -68,9 +73,9 @@ def rewards_to_go(rewards, terminated, truncated, values, gamma):
 
 @torch.no_grad()
 def minibatches(envs, policy, baseline, args):
-    """Act forever; yield states x (B, D), actions y (B,) and rewards to go (B,) of T * N frames.
+    """Act forever; yield states x (B, D), actions y (B,) and rewards to go (B,) of B frames.
 
-    N environments run in parallel, n_frames = T each; the next minibatch continues the episodes.
+    N environments run in parallel, for T = n_frames; the next minibatch continues their episodes.
     """
     x, _ = envs.reset(seed=args.seed)
     x, done = torch.from_numpy(x), torch.zeros(args.n_envs, dtype=torch.bool)  # (N, D), (N,)
@@ -81,7 +86,8 @@ def minibatches(envs, policy, baseline, args):
             logits = policy(x)  # (N, A)
             y = (logits - torch.empty_like(logits).exponential_().log()).argmax(dim=1)  # (N,)
             x_next, reward, *ends = map(torch.from_numpy, envs.step(y.numpy())[:4])
-            # In the last state of an episode Gymnasium ignores the action and begins the next one.
+            # After an episode's last state Gymnasium ignores the action and begins the next one:
+            # such a frame is not valid.
             frames.append((x, y, ~done, reward, *ends))
             x, done = x_next, ends[0] | ends[1]  # terminated or truncated
         xs, ys, valid, rewards, terminated, truncated = map(torch.stack, zip(*frames))  # (T, N)
@@ -111,7 +117,7 @@ class MLP(nn.Module):
 
 
 def policy_loss(logits, y, advantages):
-    """Return the scalar whose gradient estimates minus the policy gradient, up to a factor.
+    """Return a loss whose gradient estimates the negative policy gradient, up to a factor.
 
     Takes logits (B, C), actions y (B,) and advantages (B,), which are normalized: the size of the
     updates then does not depend on the scale of the rewards.
@@ -195,13 +201,13 @@ def train(args):
             if iter_num == args.max_iters:
                 break  # the last pass only evaluates
 
-        # Each minibatch serves one update: the theorem is about actions of the present policy.
+        # On-policy: a minibatch serves one update, as the theorem is about the policy that acted.
         x, y, returns = next(batches)
         frames += len(x)
         logits = model(x)
         values = baseline(x).squeeze(1)  # (B,)
         log_p = F.log_softmax(logits, dim=1)  # (B, A)
-        entropy = -(log_p.exp() * log_p).sum(dim=1).mean()  # a bonus for it keeps actions random
+        entropy = -(log_p.exp() * log_p).sum(dim=1).mean()  # its bonus keeps actions random
         loss = policy_loss(logits, y, returns - values.detach()) - args.entropy_coef * entropy
         baseline_loss = F.mse_loss(values, returns)
         losses = {"train_loss": loss.item(), "baseline_loss": baseline_loss.item()}
@@ -244,13 +250,13 @@ def parse_args(argv=None):
     flag("--env", choices=names, default=names[0], help="Gymnasium's environment")
     flag("--n_envs", type=number(int, 1), default=16, help="environments in parallel")
     flag("--n_frames", type=number(int, 2), default=256, help="frames per environment and update")
-    flag("--gamma", type=number(float, 0, 1), default=0.99, help="discount; usually 0.98 to 0.999")
+    flag("--gamma", type=number(float, 0, 1), default=0.99, help="discount factor; 0.98 to 0.999")
     flag = parser.add_argument_group("model").add_argument
     flag("--n_layer", type=number(int, 0), default=2, help="number of hidden layers")
     flag("--n_hidden", type=number(int, 1), default=64, help="units per hidden layer")
     flag = parser.add_argument_group("optimizer").add_argument
-    flag("--learning_rate", type=number(float, 0), default=3e-3, help="first; usually 1e-4 to 1e-2")
-    flag("--baseline_learning_rate", type=number(float, 0), default=1e-2, help="usually higher")
+    flag("--learning_rate", type=number(float, 0), default=3e-3, help="initial; usually about 1e-3")
+    flag("--baseline_learning_rate", type=number(float, 0), default=1e-2, help="initial")
     flag("--entropy_coef", type=number(float, 0), default=0.01, help="usually 0 to 0.01")
     flag("--max_iters", type=number(int, 1), default=400, help="number of parameter updates")
     flag = parser.add_argument_group("logging").add_argument
