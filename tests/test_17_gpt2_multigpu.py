@@ -9,12 +9,14 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import types
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -200,11 +202,45 @@ def test_another_seed_another_order():
     assert blocks_seen(50, 1) != blocks_seen(50, 1, seed=1)
 
 
+def test_every_token_is_checked_before_it_is_used():
+    args, tokens = parse("--vocab_size", 980), np.arange(1000, dtype=np.uint16)
+    with pytest.raises(argparse.ArgumentTypeError, match=r"vocab_size 980: train\.bin has token 9"):
+        for _ in zip(range(200), step.minibatches(args, tokens, 0, torch.device("cpu"))):
+            pass
+    model = step.make_model(args)
+    with pytest.raises(argparse.ArgumentTypeError, match=r"vocab_size 980: val\.bin has token 9"):
+        step.evaluate(args, model, tokens, lambda x, y, reduction: 0, torch.device("cpu"))
+
+
 def test_nanogpts_files_are_read_as_they_are(small_data):
     train, val = step.load_data(parse("--data_dir", small_data))
     assert (len(train), len(val)) == (4000, 500)
     expected = np.fromfile(small_data / "openwebtext" / "val.bin", dtype=np.uint16)
     assert np.array_equal(val, expected)
+    assert isinstance(val, np.memmap)  # a file may be larger than the memory
+
+
+def test_the_smallest_sizes_that_fit_the_data(small_data):
+    with_all = ["--data_dir", small_data, "--vocab_size", 300, "--block_size", 250]
+    assert len(step.load_data(parse(*with_all))) == 2
+    for flags in (("--vocab_size", 299), ("--block_size", 251)):
+        with pytest.raises(argparse.ArgumentTypeError, match=" ".join(map(str, flags))):
+            step.load_data(parse(*with_all, *flags))
+
+
+def test_the_prompt_may_hold_the_end_of_a_text_but_no_token_beyond_the_vocabulary(bytes_as_bpe):
+    ids = step.encode(parse(), "ab<|endoftext|>c", "--prompt")
+    assert ids.tolist() == [97, 98, 256, 99]
+    with pytest.raises(argparse.ArgumentTypeError, match="--vocab_size 98: --prompt has token 98"):
+        step.encode(parse("--vocab_size", 98), "ab", "--prompt")
+    assert step.encode(parse("--vocab_size", 99), "ab", "--prompt").dtype == torch.int64
+
+
+def test_the_encoding_is_loaded_once(bytes_as_bpe, monkeypatch):
+    asked = []
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: asked.append(name) or bytes_as_bpe)
+    assert step.load_bpe() is step.load_bpe() is bytes_as_bpe
+    assert asked == ["gpt2"]
 
 
 def shard(path, ids):
@@ -231,6 +267,7 @@ def test_fineweb_shards_are_the_tokens_of_one_file(suffix, small_data, tmp_path)
     found, found_val = step.load_data(parse("--data_dir", tmp_path))
     assert np.array_equal(found_val, val)
     assert len(found) == len(train)
+    assert all(isinstance(part, np.memmap) for part in [found_val, *found.parts])
     for window in (slice(0, 4000), slice(0, 1), slice(770, 780), slice(2990, 9999), slice(5, 5)):
         assert np.array_equal(found[window], train[window])
     a = run(small_data, tmp_path / "a")
@@ -243,8 +280,15 @@ def test_a_damaged_shard_is_named(small_data, tmp_path):
     for name in ("train", "val"):
         shard(tmp_path / "openwebtext" / f"fineweb_{name}_000000.bin", np.arange(200))
     path = tmp_path / "openwebtext" / "fineweb_val_000000.bin"
-    path.write_bytes(path.read_bytes()[:-2])
+    whole = path.read_bytes()
+    path.write_bytes(whole + b"more")  # after the number of tokens that the header says
+    assert np.array_equal(step.load_data(parse("--data_dir", tmp_path))[1], np.arange(200))
+    path.write_bytes(whole[:-2])
     assert_one_line(bad(tmp_path, tmp_path / "out"), path, "damaged")
+    path.write_bytes(whole)
+    meta = tmp_path / "openwebtext" / "meta.json"
+    meta.write_text("{")
+    assert_one_line(bad(tmp_path, tmp_path / "out"), meta, "damaged; delete it")
     assert not (tmp_path / "out").exists()
 
 
@@ -416,6 +460,47 @@ def test_published_data_and_weights_are_pinned(tmp_path, bytes_as_bpe, monkeypat
     assert all(re.fullmatch(start + rf"{i:02d}-of-00080\.parquet", x) for i, x in enumerate(asked))
 
 
+def test_files_as_openai_published_them_are_read(tmp_path):
+    """Their tensors' names have no prefix, and among them are the causal masks."""
+    torch_files = pytest.importorskip("safetensors.torch")
+    args = parse()
+    mine = other_weights(step.make_model(args))
+    load_script("export_hf").export_hf(args, mine, tmp_path)
+    tensors = torch_files.load_file(tmp_path / "model.safetensors")
+    tensors = {name.removeprefix("transformer."): v for name, v in tensors.items()}
+    for i in range(2):
+        tensors[f"h.{i}.attn.bias"] = torch.ones(1, 1, 16, 16)
+        tensors[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+    first = {name: v for name, v in tensors.items() if name.startswith("h.0.")}
+    rest = {name: v for name, v in tensors.items() if name not in first}
+    (tmp_path / "model.safetensors").unlink()
+    for i, part in enumerate((first, rest)):
+        torch_files.save_file(part, tmp_path / f"model-{i}.safetensors")
+    args = parse("--init_from", tmp_path, "--no-bias", "--n_layer", 7, "--n_head", 1)
+    again = step.make_model(args)
+    assert_equal(dict(again.state_dict()), dict(mine.state_dict()))
+    assert again.lm_head.weight is again.wte.weight
+    assert (args.n_layer, args.n_head, args.bias) == (2, 2, True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"n_head": 3}))
+    with pytest.raises(OSError, match="3 heads do not divide 16"):
+        step.make_model(parse("--init_from", tmp_path))
+
+
+def test_attention_weights_are_dropped_out_in_training_only(monkeypatch):
+    real, rates = F.scaled_dot_product_attention, []
+
+    def sdpa(q, k, v, dropout_p=0.0, is_causal=False):
+        rates.append(dropout_p)
+        return real(q, k, v, dropout_p=dropout_p, is_causal=is_causal)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", sdpa)
+    model = step.make_model(parse("--dropout", 0.5))
+    x = torch.randint(300, (2, 16))
+    model(x), model.eval()(x)
+    assert rates == [0.5, 0.5, 0.0, 0.0]
+
+
 @pytest.mark.parametrize("bias", ["--bias", "--no-bias"])
 def test_exported_weights_give_transformers_the_same_logits(bias, tmp_path):
     transformers = pytest.importorskip("transformers")
@@ -469,8 +554,18 @@ def test_evaluation_counts_every_token_once(n, batch_size):
         x = torch.from_numpy(ids[None, i // 16 * 16 : i + 1].astype(np.int64))
         losses.append(F.cross_entropy(model(x)[0, -1], torch.tensor(int(ids[i + 1]))).item())
     model.train()  # evaluation drops nothing out
-    found = step.evaluate(args, model, ids, batch_loss, torch.device("cpu"))
-    assert found == pytest.approx(sum(losses) / (n - 1), rel=1e-5)
+    for n_processes in (1, 3):  # they share the tokens, and their sums are added up
+        found = 0
+        for rank in range(n_processes):
+            args.rank, args.world_size = rank, n_processes
+            found += step.evaluate(args, model, ids, batch_loss, torch.device("cpu"))
+            assert model.training
+        assert found == pytest.approx(sum(losses) / (n - 1), rel=1e-5)
+
+
+def test_sums_are_exact():
+    values = [2**24 + 1, True, torch.tensor(0.5, dtype=torch.float16), 1e-9]
+    assert step.all_sum(values, torch.device("cpu")) == [2**24 + 1, 1, 0.5, 1e-9]
 
 
 def test_hellaswag_prefers_the_likelier_ending(bytes_as_bpe):
@@ -539,9 +634,14 @@ def test_sampling_does_not_disturb_training(small_data, tmp_path, bytes_as_bpe):
 
 
 def test_operations_of_a_token():
-    sizes = "--n_layer 12 --n_head 12 --n_embd 768 --block_size 1024".split()
-    per_token = step.flops_per_token(step.parse_args(sizes))
-    assert per_token == pytest.approx(6 * 124e6 + 12 * 12 * 768 * 1024, rel=0.01)
+    """Two per weight of a matrix and for each of q k and the weighted v; twice that backward."""
+    args = step.parse_args("--n_layer 12 --n_head 12 --n_embd 768 --block_size 1024".split())
+    with torch.device("meta"):
+        weights = dict(step.GPT(args, args.vocab_size).named_parameters())
+    del weights["wpe.weight"]  # it is only added
+    n_weights = sum(p.numel() for p in weights.values() if p.ndim == 2)
+    attention = 2 * 2 * 12 * 768 * 1024
+    assert step.flops_per_token(args) == 3 * (2 * n_weights + attention)
 
 
 def test_mfu_is_the_share_of_the_peak_and_else_unknown(small_data, tmp_path):
@@ -549,6 +649,11 @@ def test_mfu_is_the_share_of_the_peak_and_else_unknown(small_data, tmp_path):
     speed = step.measure_speed(args, 3000, 2.0, torch.device("cpu"))
     assert speed["tokens_per_second"] == 1500
     assert speed["mfu"] == pytest.approx(1500 * step.flops_per_token(args) / 0.5e12)
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert speed["memory_gib"] == pytest.approx(kib / 2**20, rel=0.05)
+    args.world_size = 2  # the tokens of both, the FLOP/s of each
+    both = step.measure_speed(args, 3000, 2.0, torch.device("cpu"))
+    assert (both["tokens_per_second"], both["mfu"]) == (1500, speed["mfu"] / 2)
     assert "mfu" not in step.measure_speed(parse(), 3000, 2.0, torch.device("cpu"))
 
 
@@ -557,7 +662,13 @@ def test_mfu_is_the_share_of_the_peak_and_else_unknown(small_data, tmp_path):
     [
         ("NVIDIA H100 80GB HBM3", 989),
         ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
         ("NVIDIA H200", 989),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+        ("Tesla T4", 65),
         ("NVIDIA A100-SXM4-80GB", 312),
         ("Tesla V100-SXM2-16GB", 125),
         ("NVIDIA GeForce RTX 4090", None),
@@ -565,15 +676,72 @@ def test_mfu_is_the_share_of_the_peak_and_else_unknown(small_data, tmp_path):
 )
 def test_the_peak_is_the_devices(name, tflops, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30)
     args = parse("--dtype", "bfloat16")
     args.device = "cuda"
     speed = step.measure_speed(args, 3000, 2.0, torch.device("cuda"))
     flops = 1500 * step.flops_per_token(args)
     assert speed.get("mfu") == (tflops and pytest.approx(flops / (tflops * 1e12)))
+    assert speed["memory_gib"] == 3
+    args.dtype = "float32"  # has another peak
+    assert "mfu" not in step.measure_speed(args, 3000, 2.0, torch.device("cuda"))
+    args.peak_tflops = 50
+    speed = step.measure_speed(args, 3000, 2.0, torch.device("cuda"))
+    assert speed["mfu"] == pytest.approx(flops / 50e12)
 
 
 # ---------- training ----------
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_each_process_has_its_own_gpu_and_the_fastest_dtype(native, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    supported = lambda including_emulation=True: native or including_emulation  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    memory = types.SimpleNamespace(total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
+    for rank in (None, "3"):
+        if rank:
+            monkeypatch.setenv("LOCAL_RANK", rank)
+        args = step.parse_args([])
+        assert step.setup_device(args) == torch.device("cuda", int(rank or 0)) == chosen[-1]
+        assert args.dtype == ("bfloat16" if native else "float16")  # T4 and V100 emulate bfloat16
+        assert (args.rank, args.world_size) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "dtype"),
+    [
+        *(({"avx2": True}, "float32"), ({"amx_bf16": True}, "bfloat16")),
+        *(({"avx512_bf16": True}, "bfloat16"), (None, "float32")),
+    ],
+)
+def test_a_cpu_computes_in_bfloat16_where_it_has_it(capabilities, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    if capabilities is None:  # torch 2.9
+        monkeypatch.delattr(torch.cpu, "get_capabilities")
+    args = step.parse_args([])
+    args.device = "auto"
+    assert step.setup_device(args) == torch.device("cpu")
+    assert (args.device, args.dtype) == ("cpu", dtype)
+    with warnings.catch_warnings(action="error"), step.autocast(args):
+        assert torch.is_autocast_enabled("cpu") == (dtype == "bfloat16")
+
+
+def test_the_defaults_are_nanogpts_recipe_and_a_small_one_for_a_cpu():
+    names = "n_layer n_head n_embd block_size max_iters warmup_iters learning_rate min_lr"
+    names += " total_batch_tokens eval_interval batch_size vocab_size compile"
+    sizes = {"cuda": (12, 12, 768, 1024, 600_000, 2000, 6e-4, 6e-5, 491_520, 1000)}
+    sizes["cpu"] = 4, 4, 128, 128, 500, 50, 2e-3, 2e-4, 4096, 50, 16, 50257, False
+    for device, expected in sizes.items():
+        args = step.parse_args(["--device", device])
+        assert tuple(getattr(args, name) for name in names.split()[: len(expected)]) == expected
+        assert (args.beta1, args.beta2, args.weight_decay, args.grad_clip) == (0.9, 0.95, 0.1, 1.0)
+    assert step.parse_args(["--device", "cuda"]).compile
+    assert step.SAVE_SECONDS == 15 * 60
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -659,21 +827,83 @@ def test_every_process_and_iteration_has_dropout_masks_of_its_own(
     assert len(iterations) == len(set(iterations)) == 2 * 2 * 6
 
 
-def test_a_sharded_model_writes_what_the_full_one_does(bytes_as_bpe):
+@pytest.fixture
+def one_process_group():
+    """torch.distributed for this process alone, as under torchrun with one process."""
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_gradients_are_exchanged_once_per_update(
+    parallel, small_data, tmp_path, monkeypatch, one_process_group
+):
+    """With the last of the four micro-batches."""
+    real, exchanged = step.average_gradients, []
+
+    def spy(forward, on):
+        real(forward, on)
+        if parallel == "ddp":
+            assert isinstance(forward, step.DistributedDataParallel)
+            assert forward.gradient_as_bucket_view  # or there would be two copies of them
+            exchanged.append(forward.require_backward_grad_sync)
+        else:
+            assert all(isinstance(m, step.FSDPModule) for m in [forward, *forward.h])
+            state = forward._get_fsdp_state()._fsdp_param_group
+            exchanged.append(state.reduce_grads and state.all_reduce_grads)
+
+    monkeypatch.setattr(step, "average_gradients", spy)
+    monkeypatch.setattr(step, "plot_run", str)
+    run(small_data, tmp_path, "--parallel", parallel, "--max_iters", 2, "--eval_interval", 2)
+    assert exchanged == [False, False, False, True] * 2
+
+
+def test_a_process_whose_torchrun_is_gone_saves_and_ends(
+    small_data, tmp_path, monkeypatch, one_process_group
+):
+    monkeypatch.setattr(step, "plot_run", str)
+    parents = iter([7, 7, 7, 1, 1])
+    monkeypatch.setattr(os, "getppid", lambda: next(parents))
+    assert run(small_data, tmp_path)["iter"] == 0
+    assert checkpoint(tmp_path)["state"]["iter_num"] == 3
+
+
+def test_float16_has_no_sharded_scaler():
+    args = parse("--parallel", "fsdp", "--dtype", "float16")
+    with pytest.raises(argparse.ArgumentTypeError, match="--parallel fsdp needs --dtype bfloat16"):
+        step.parallelize(args, step.make_model(args), torch.device("cpu"))
+
+
+def test_a_sharded_model_writes_what_the_full_one_does(bytes_as_bpe, one_process_group):
     args = parse("--parallel", "fsdp", "--max_new_tokens", 40, "--prompt", "ab", "--stop", "")
     torch.manual_seed(0)
     model = step.make_model(args)
     for p in model.parameters():
         p.data += 0.3 * torch.randn_like(p)
     text = step.sample(args, model)
-    dist = torch.distributed
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        step.parallelize(args, model, torch.device("cpu"))
-        assert isinstance(model, step.FSDPModule)
-        assert step.sample(args, model) == text
-    finally:
-        dist.destroy_process_group()
+    step.parallelize(args, model, torch.device("cpu"))
+    assert isinstance(model, step.FSDPModule)
+    assert step.sample(args, model) == text
+
+
+def test_samples_are_the_prompt_and_what_the_model_continues_it_with(bytes_as_bpe, monkeypatch):
+    args = parse("--prompt", "ab", "--stop", "", "--num_samples", 2)
+    rows = torch.tensor([[97, 98, 99, 299, 257, 100], [97, 98, 256, 101, 102, 103]])
+    monkeypatch.setattr(step, "generate", lambda args, model, ids, _: rows.clone())
+    args.max_new_tokens = 4
+    line = "\n---------------\n"
+    assert step.sample(args, None) == f"abcd{line}ab<|endoftext|>efg"  # over 256 is padding
+    args.stop = "ef"
+    assert step.sample(args, None) == f"abcd{line}ab<|endoftext|>ef"
+    args.max_new_tokens = 0
+    assert step.sample(args, None) == ""
+    with monkeypatch.context() as patch:
+        patch.setattr(step, "load_bpe", lambda: None)
+        assert step.sample(args, None) == ""
+        args.max_new_tokens = 1
+        assert step.sample(args, None) == f"(no sample: {step.NO_BPE})"
 
 
 @pytest.mark.parametrize(("world_size", "expected"), [(8, 2), (32, "15"), (64, "1966080")])
@@ -870,27 +1100,169 @@ def test_a_restarted_job_does_not_resume_the_run_of_another(small_data, tmp_path
     assert again["iter"] == 9
 
 
-def test_a_spike_is_skipped(small_data, tmp_path, capsys, monkeypatch):
-    normal, make_optimizers, models, weights = step.all_sum, step.make_optimizers, [], []
+@pytest.mark.parametrize(("who", "job"), [("TORCHELASTIC", "RUN"), ("SLURM", "JOB")])
+def test_a_job_that_was_restarted_resumes(who, job, small_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(step, "plot_run", str)
+    monkeypatch.setenv(f"{who}_{job}_ID", "17")
+    for count in (None, "", "0"):  # the first attempt
+        if count is not None:
+            monkeypatch.setenv(f"{who}_RESTART_COUNT", count)
+        out_dir = tmp_path / str(count)
+        run(small_data, out_dir, "--max_iters", 1)
+        with pytest.raises(OSError, match="--overwrite"):
+            run(small_data, out_dir, "--max_iters", 2)
+    monkeypatch.setenv(f"{who}_RESTART_COUNT", "2")
+    run(small_data, out_dir, "--max_iters", 2)
+    assert [record["iter"] for record in records(out_dir)] == [0, 1, 2]
+    with pytest.raises(OSError, match="--overwrite"):  # there is nothing that could be resumed
+        (out_dir / "last.pt").unlink()
+        run(small_data, out_dir, "--max_iters", 3)
 
-    def spy(args, model):
-        models.append(model)
-        return make_optimizers(args, model)
 
-    def spike(values, device):  # update 105 reports an absurd loss
-        total = normal(values, device)
-        if len(total) == 4:  # of an update, before it changes the weights
-            weights.append(models[0].wte.weight.detach().clone())
-            total[0] += 1000 * (len(weights) == 106)
+def test_only_the_main_process_speaks_and_writes(small_data, tmp_path, monkeypatch, capsys):
+    bars = []
+
+    def as_second_of_two(args):
+        args.rank, args.world_size = 1, 2
+        return torch.device("cpu")
+
+    class Bar(step.tqdm):
+        def __init__(self, *given, disable=False, **options):
+            super().__init__(*given, disable=True, **options)
+            bars.append(disable)
+
+    monkeypatch.setattr(step, "setup_device", as_second_of_two)
+    monkeypatch.setattr(step, "tqdm", Bar)
+    flags = ["--data_dir", small_data, "--out_dir", tmp_path / "out", "--keep", 1]
+    final = step.train(parse(*flags), Signals(after=3))
+    step.train(parse(*flags, "--eval_only"))
+    assert final["iter"] == 3 and bars == [True]
+    assert capsys.readouterr() == ("", "")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_records_and_prints_its_time_and_speed(small_data, tmp_path, monkeypatch, capsys):
+    """By a clock that load_data moves by 100 s, an evaluation by 10 s, a minibatch by 0.5 s."""
+    now, texts, bars, pictures, saved = [1000.0], [], [], [], []
+
+    def takes(seconds, function):
+        def call(*given):
+            now[0] += seconds
+            return function(*given)
+
+        return call
+
+    def minibatches(*given, real=step.minibatches):
+        batches = real(*given)
+        for i in range(10**6):  # the first update takes longer: it compiles
+            yield takes(0.5 if i > 4 else 50, next)(batches)
+
+    def sample(*given):
+        texts.append(f"sample {len(texts)}")
+        return texts[-1]
+
+    def save_checkpoint(args, paths, parts, state, real=step.save_checkpoint):
+        saved.append((state["iter_num"], [path.name for path in paths]))
+        real(args, paths, parts, state)
+
+    class Bar(step.tqdm):
+        def __init__(self, *given, **options):
+            super().__init__(*given, **options)
+            bars.append((self.n, self.total, self.disable))
+
+    monkeypatch.setattr(step, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(step, "load_data", takes(100, step.load_data))
+    monkeypatch.setattr(step, "evaluate", takes(10, step.evaluate))
+    monkeypatch.setattr(step, "minibatches", minibatches)
+    monkeypatch.setattr(step, "sample", sample)
+    monkeypatch.setattr(step, "tqdm", Bar)
+    monkeypatch.setattr(step, "plot_run", lambda path: pictures.append(path) or path / "loss.png")
+    monkeypatch.setattr(step, "save_checkpoint", save_checkpoint)
+    flags = ["--data_dir", small_data, "--out_dir", tmp_path, "--max_iters", 7]
+    flags += ["--peak_tflops", 1e-6]
+    args = parse(*flags)
+    assert step.train(args, Signals(after=3))["iter"] == 3
+    said = capsys.readouterr().out
+    last = tmp_path / "last.pt"
+    stopped = f"stopped at iteration 4; --init_from resume continues from {last}"
+    assert stopped in said.splitlines() and "picture" not in said
+    # 100 s for the data, 50 for the first micro-batch, 200 for update 0, 2 for each later one.
+    state = torch.load(last, weights_only=True)["state"]
+    assert state["seconds"] == 100 + 50 + 10 + 200 + 4 + 10 + 2
+    final = step.train(parse(*flags, "--init_from", "resume"))
+    said += capsys.readouterr().out
+    logged = records(tmp_path)
+    assert logged[-1] == final
+    assert [r["iter"] for r in logged] == [0, 3, 6, 7]
+    start = state["seconds"] + 100 + 50  # of the second run
+    seconds = [160, 374, start + 200 + 2 + 10, start + 200 + 2 + 10 + 2 + 10]
+    assert [r["seconds"] for r in logged] == seconds
+    # The first update of a run and evaluations do not count.
+    assert [r["tokens_per_second"] for r in logged[1:]] == [128 / 2] * 3
+    assert all(r["mfu"] == step.flops_per_token(args) * 64 / 1e6 for r in logged[1:])
+    assert not {"train_loss", "mfu", "memory_gib"} & logged[0].keys()
+    assert [r["learning_rate"] for r in logged] == [step.schedule(args, i) for i in (0, 3, 6, 7)]
+    heads = (f"=== iter {r['iter']}, val_loss {r['val_loss']:.4f}" for r in logged)
+    written = "".join(f"{head}\n{text}\n\n" for head, text in zip(heads, texts))
+    assert (tmp_path / "samples.txt").read_text() == written
+    lines = said.splitlines()
+    n_params = sum(p.numel() for p in step.GPT(args, 300).parameters())
+    assert lines[0] == f"{n_params:,} parameters, 1 processes, cpu, float32"
+    assert lines[1] == "micro-batches per process and update: 4"
+    for record, text in zip(logged, texts):
+        line = "  ".join(f"{key} {value:.5g}" for key, value in record.items())
+        assert f"{line}\n{text}\n" in said
+    summary = f"val_loss {final['val_loss']:.4f} after {final['seconds']:.0f} s"
+    assert lines[-2:] == [summary, f"picture: {tmp_path / 'loss.png'}"]
+    assert bars == [(0, 7, True), (4, 7, True)]  # not shown where there is no terminal
+    assert pictures == [tmp_path] * (4 + 1)  # at every evaluation and at the end
+    best = [min(r["val_loss"] for r in logged[:i]) for i in range(1, 5)]  # until each record
+    names = [["best.pt"] * (best[i] not in best[:i]) + ["last.pt"] for i in range(4)]
+    assert saved == [(0, names[0]), (3, names[1]), (4, ["last.pt"]), (6, names[2]), (7, names[3])]
+    # A checkpoint at least every SAVE_SECONDS: more than 9 s after the last one, five updates.
+    monkeypatch.setattr(step, "SAVE_SECONDS", 9)
+    saved.clear()
+    again = parse(*flags, "--init_from", "resume", "--max_iters", 20, "--eval_interval", 16)
+    step.train(again)
+    assert [i for i, _ in saved] == [8, 13, 16, 20]
+    state = torch.load(last, weights_only=True)["state"]
+    assert state["record"]["iter"] == state["iter_num"] == 20
+
+
+def test_spikes_are_skipped_and_nothing_else(small_data, tmp_path, monkeypatch, capsys):
+    """100 losses of 1 or 3, then some far from their mean; an infinite gradient norm, too."""
+    losses, norms = [2.0 + (-1) ** i for i in range(100)], {104: math.inf}
+    for i, z in enumerate([5.9, 6.1, -50, 100]):  # the mean and the deviation of the last 100
+        losses.append(float(np.mean(losses[i:]) + z * np.std(losses[i:])))
+    losses += [2.0, 2.0]
+    real, n = step.all_sum, iter(range(10**6))
+
+    def all_sum(values, device):
+        total = real(values, device)
+        if len(total) == 4:  # of an update
+            i = next(n)
+            total[:2] = losses[i], norms.get(i, 1.0)
         return total
 
-    monkeypatch.setattr(step, "make_optimizers", spy)
-    monkeypatch.setattr(step, "all_sum", spike)
-    run(small_data, tmp_path, "--max_iters", 108, "--eval_interval", 108, "--optimizer", "adamw")
-    assert capsys.readouterr().out.count("update 105 skipped") == 1
-    assert not torch.equal(weights[104], weights[105])
-    assert torch.equal(weights[105], weights[106])
-    assert not torch.equal(weights[106], weights[107])
+    monkeypatch.setattr(step, "all_sum", all_sum)
+    monkeypatch.setattr(step, "plot_run", str)
+    monkeypatch.setattr(step, "evaluate", lambda *given: 5.0)
+    flags = "--max_iters 106 --eval_interval 106 --n_layer 1 --n_embd 4 --block_size 4"
+    flags = [*flags.split(), "--batch_size", 1, "--total_batch_tokens", 4]
+    final = run(small_data, tmp_path, *flags)
+    skipped = re.findall(r"update (\d+) skipped: (.*)", capsys.readouterr().out)
+    z = (2 - np.mean(losses[4:104])) / np.std(losses[4:104])
+    assert skipped == [
+        ("101", f"loss {losses[101]:.4f}, z-score 6.1, gradient norm 1"),
+        ("103", f"loss {losses[103]:.4f}, z-score 100.0, gradient norm 1"),
+        ("104", f"loss 2.0000, z-score {z:.1f}, gradient norm inf"),
+    ]
+    assert final["train_loss"] == pytest.approx(np.mean(losses[6:106]))
+    steps = torch.load(tmp_path / "last.pt", weights_only=True)["adamw"]["state"]
+    assert {int(state["step"]) for state in steps.values()} == {106 - 3}
+    n = iter(range(10**6))
+    run(small_data, tmp_path / "never", *flags, "--skip_zscore", 0)
+    assert re.findall(r"update (\d+) skipped", capsys.readouterr().out) == ["104"]
 
 
 def test_older_checkpoints_are_kept(small_data, tmp_path):
