@@ -68,7 +68,7 @@ def one_cycle(i, peak, warmup_iters, max_iters):
 
 
 def reference(args, folder):
-    """Repeat the training with torchvision's network; return it and the records."""
+    """Repeat the training with torchvision's network; return it, its first weights, records."""
     torch.manual_seed(args.seed)
     (x, y), test_set = read_mnist(folder, "train"), read_mnist(folder, "t10k")
     mean, std = (x / 255).mean(), (x / 255).std()
@@ -76,6 +76,7 @@ def reference(args, folder):
     with torch.random.fork_rng():  # new layers draw random numbers
         model = as_torchvision(model, args.n_channel, args.n_layer)
     model.to(memory_format=torch.channels_last)
+    first = {key: value.clone() for key, value in model.state_dict().items()}
     decay, records, batches = args.weight_decay, [], []
     optimizer = torch.optim.SGD(model.parameters(), 1, 0.9, nesterov=True, weight_decay=decay)
     sets = {"train": (x[: len(test_set[0])], y[: len(test_set[1])]), "test": test_set}
@@ -94,7 +95,7 @@ def reference(args, folder):
                 records[-1][f"{name}_accuracy"] = right.float().mean().item()
             model.train()
         if i == args.max_iters:
-            return model, records
+            return model, first, records
         if not batches:  # an epoch of 20 minibatches of 96; 16 of them are augmented together
             order = torch.randperm(len(x))[: 20 * 96]
             for chunk in order.split(16 * 96):
@@ -122,7 +123,7 @@ def test_training_is_the_loop_written_out_here(standins, tmp_path, monkeypatch, 
     place = ["--data_dir", standins, "--out_dir", tmp_path / "out"]
     args, records = watched_run(step, *flags.split(), *place)
     assert capsys.readouterr().err == ""  # no bar in a file that the output is sent to
-    model, expected = reference(args, standins)
+    model, first, expected = reference(args, standins)
     assert len(records) == len(expected) == 4
     parts = ("data", "forward", "backward", "update")
     measures = {f"{part}_ms" for part in parts} | {"data_share", "images_per_second"}
@@ -137,9 +138,9 @@ def test_training_is_the_loop_written_out_here(standins, tmp_path, monkeypatch, 
         total = sum(record[f"{part}_ms"] for part in parts)
         assert record["data_share"] == pytest.approx(record["data_ms"] / total)
         assert record["images_per_second"] == pytest.approx(96 * 1000 / total)
-    ours = dict(zip(model.state_dict(), models[-1].state_dict().values(), strict=True))
-    for key, weights in model.state_dict().items():
-        torch.testing.assert_close(ours[key], weights, rtol=1e-3, atol=1e-4)
+    for (key, weights), ours in zip(model.state_dict().items(), models[-1].state_dict().values()):
+        difference, change = (ours - weights).float(), (weights - first[key]).float()
+        assert difference.norm() <= 0.02 * change.norm(), key
     deep = [p for p in models[-1].parameters() if p.ndim == 4 and p.shape[1] > 1]
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in deep)
 
