@@ -337,6 +337,74 @@ def test_prepare_keeps_every_document_once(kind, tmp_path, bytes_as_bpe):
         assert not np.array_equal(tokens, other)
 
 
+def test_prepare_says_what_it_made(tmp_path, bytes_as_bpe, monkeypatch, capsys):
+    texts, path = write_corpus(tmp_path)
+    script, bars = load_script("prepare"), []
+
+    class Bar(script.tqdm):
+        def __init__(self, *given, **options):
+            super().__init__(*given, **options | {"disable": False})
+            bars.append(self)
+
+    monkeypatch.setattr(script, "tqdm", Bar)
+    flags = prepare_flags(tmp_path, "--corpus", path, "--val_fraction", 0.1, "--dataset", "mine")
+    sizes = script.prepare(script.parse_args(flags))
+    made = tmp_path / "made"
+    found = {name: (made / f"{name}.bin").stat().st_size // 2 for name in ("train", "val")}
+    assert found.items() <= sizes.items() and sizes["documents"] == len(texts)
+    assert found["train"] + found["val"] == sum(len(text) + 1 for text in texts)
+    assert json.loads((made / "meta.json").read_text()) == sizes
+    said = capsys.readouterr().out.splitlines()
+    numbers = f"{found['train']:,} training and {found['val']:,} validation tokens"
+    assert said == [f"{made}: {numbers}", "python train.py --dataset mine trains on them"]
+    assert [(bar.n, bar.total, bar.unit) for bar in bars] == [(60, 60, "doc")]
+    assert (made / "datasets").is_dir()  # not in the home directory
+    assert script.prepare(script.parse_args(flags)) == sizes
+    assert capsys.readouterr().out == f"{made} has these tokens already\n"
+
+
+def test_every_kind_of_text_column_is_read(tmp_path, bytes_as_bpe):
+    import datasets
+
+    path = tmp_path / "corpus[1].jsonl"  # no pattern
+    path.write_text('{"text": "a", "id": 1}\n{"text": null, "id": 2}\n')
+    tokens = np.concatenate(prepare(tmp_path, "--corpus", path))
+    assert sorted(tokens.tolist()) == [97, 256, 256]
+    shutil.rmtree(tmp_path / "made")
+    column = datasets.Features({"text": datasets.Value("large_string")})
+    datasets.Dataset.from_dict({"text": ["b"]}, column).to_parquet(tmp_path / "large.parquet")
+    tokens = np.concatenate(prepare(tmp_path, "--corpus", tmp_path / "large.parquet"))
+    assert tokens.tolist() == [98, 256]
+
+
+def test_tokens_are_those_of_a_corpus_and_its_settings(tmp_path, bytes_as_bpe, monkeypatch):
+    """Any of them changed, what is there already is another corpus; a lock comes before all."""
+    _, path = write_corpus(tmp_path)
+    prepare(tmp_path, "--corpus", path)
+    time_ns, other = path.stat().st_mtime_ns, tmp_path / "other.jsonl"
+    same = [path.read_text(), (time_ns, time_ns)]
+    variants = [
+        (other, *same, []),
+        (path, same[0] + "\n", same[1], []),
+        (path, same[0], (1, 1), []),
+    ]
+    variants += [(path, *same, ["--seed", 1]), (path, *same, ["--val_fraction", 0.1])]
+    for file, text, times, flags in variants:
+        file.write_text(text)
+        os.utime(file, ns=times)
+        with pytest.raises(OSError, match="another corpus"):
+            prepare(tmp_path, "--corpus", file, *flags)
+    os.utime(path, ns=same[1])
+    prepare(tmp_path, "--corpus", path)
+
+    def locked(folder):
+        raise OSError(f"{folder} is locked")
+
+    monkeypatch.setattr(load_script("prepare"), "lock_folder", locked)
+    with pytest.raises(OSError, match="made is locked"):
+        prepare(tmp_path, "--corpus", path)
+
+
 def test_prepared_tokens_are_not_replaced(tmp_path, bytes_as_bpe):
     _, path = write_corpus(tmp_path)
     prepare(tmp_path, "--corpus", path)
@@ -354,8 +422,9 @@ def test_prepared_tokens_are_not_replaced(tmp_path, bytes_as_bpe):
 def test_prepare_goes_on_where_it_was(tmp_path, bytes_as_bpe, monkeypatch):
     _, path = write_corpus(tmp_path, n=25_000)
     prepare(tmp_path, "--corpus", path)
-    whole = (tmp_path / "made/train.bin").read_bytes()
-    (tmp_path / "made/train.bin").unlink()
+    whole, script = (tmp_path / "made/train.bin").read_bytes(), load_script("prepare")
+    for name in ("train.bin", "meta.json"):
+        (tmp_path / "made" / name).unlink()
 
     def fall(*args):
         raise KeyboardInterrupt
@@ -371,11 +440,30 @@ def test_prepare_goes_on_where_it_was(tmp_path, bytes_as_bpe, monkeypatch):
         patch.setattr(np, "memmap", fall)
         prepare(tmp_path, "--corpus", path)
     assert times == [chunk.stat().st_mtime_ns for chunk in chunks[1:]]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(script, "write_file", fall)  # killed before meta.json is there
+        patch.setattr(script.multiprocessing, "get_context", lambda method: Processes)
+        prepare(tmp_path, "--corpus", path, "--num_proc", 2)
+    assert (tmp_path / "made/train.bin").read_bytes() == whole
     prepare(tmp_path, "--corpus", path)
     assert (tmp_path / "made/train.bin").read_bytes() == whole
+    (tmp_path / "made/meta.json").unlink()
+    with pytest.raises(OSError, match="another corpus"):
+        prepare(tmp_path, "--corpus", path)
 
 
-def test_prepared_text_is_trained_on(tmp_path, bytes_as_bpe):
+class Processes:
+    """Stands for multiprocessing's Pool: the jobs are finished in another order."""
+
+    Pool = staticmethod(lambda n: Processes() if n == 2 else 1 / 0)
+    close = staticmethod(lambda: None)
+
+    @staticmethod
+    def imap_unordered(function, jobs):
+        return [function(job) for job in reversed(jobs)]
+
+
+def test_prepared_text_is_trained_on(tmp_path, bytes_as_bpe, capsys):
     _, path = write_corpus(tmp_path, n=300)
     prepare(tmp_path, "--corpus", path, "--val_fraction", 0.1)
     flags = ["--cache_dir", tmp_path / "made", "--max_iters", 40, "--eval_interval", 20]
@@ -388,6 +476,8 @@ def test_prepared_text_is_trained_on(tmp_path, bytes_as_bpe):
     (tmp_path / "questions.jsonl").write_text(json.dumps(question))
     flags = [tmp_path / "questions.jsonl", "--out_dir", tmp_path / "out", *CPU]
     assert load_script("hellaswag").main([str(flag) for flag in flags]) == 1
+    said = capsys.readouterr().out
+    assert said.endswith("\nHellaSwag accuracy 100.00% on 1 questions\n")
 
 
 def test_prepared_text_comes_before_a_finished_data_set(small_data, tmp_path, bytes_as_bpe):
@@ -568,11 +658,12 @@ def test_sums_are_exact():
     assert step.all_sum(values, torch.device("cpu")) == [2**24 + 1, 1, 0.5, 1e-9]
 
 
-def test_hellaswag_prefers_the_likelier_ending(bytes_as_bpe):
+def test_hellaswag_prefers_the_likelier_ending(bytes_as_bpe, monkeypatch):
     class Successor(torch.nn.Module):
         """Expects every byte to be followed by the next one."""
 
         def forward(self, x):
+            assert not self.training and not torch.is_grad_enabled()
             return 9.0 * F.one_hot((x + 1) % 300, 300)
 
     long = {"ctx": "abc", "endings": ["abcdefgh", "!", "zz", "qq"], "label": 0}  # the mean decides
@@ -582,8 +673,12 @@ def test_hellaswag_prefers_the_likelier_ending(bytes_as_bpe):
     args, script = parse("--block_size", 64), load_script("hellaswag")
     score = functools.partial(script.evaluate_hellaswag, args, Successor())
     assert score(questions, torch.device("cpu")) == 0.5
-    args.rank, args.world_size = 1, 2  # the second of two processes has the two wrong ones
-    assert score(questions, torch.device("cpu")) == 0
+    real, shown = script.tqdm, []
+    monkeypatch.setattr(script, "tqdm", lambda x, disable: shown.append(disable) or real(x))
+    args.world_size = 2  # the second of two processes has the two wrong ones
+    for args.rank, expected in ((0, 0.5), (1, 0)):
+        assert score(questions, torch.device("cpu")) == expected
+    assert shown == [None, True]  # None: on a terminal
 
 
 @pytest.mark.parametrize("batch_size", [1, 8, 100])
@@ -604,8 +699,13 @@ def test_hellaswag_in_batches_scores_each_ending_alone(batch_size, bytes_as_bpe)
             each = F.cross_entropy(model(ids[:, :-1]).mT, ids[:, 1:], reduction="none")[0]
             losses.append(each[-len(ending) - 1 :].mean().item())
         questions.append(question | {"label": losses.index(min(losses))})
-    score = functools.partial(load_script("hellaswag").evaluate_hellaswag, args, model)
+    score, shapes = functools.partial(load_script("hellaswag").evaluate_hellaswag, args, model), []
+    hook = model.register_forward_pre_hook(lambda _, given: shapes.append(given[0].shape))
     assert score(questions, torch.device("cpu")) == 1
+    hook.remove()
+    n = max(1, batch_size // 4)  # questions per forward pass
+    assert [rows for rows, _ in shapes] == [4 * len(questions[i : i + n]) for i in range(0, 7, n)]
+    assert [t for _, t in shapes] == sorted(t for _, t in shapes)  # alike ones: less padding
     questions[4]["label"] = (questions[4]["label"] + 1) % 4
     assert score(questions, torch.device("cpu")) == pytest.approx(6 / 7)
 
@@ -617,6 +717,10 @@ def test_hellaswag_in_batches_scores_each_ending_alone(batch_size, bytes_as_bpe)
         *(
             '{"ctx": 3, "endings": ["b"], "label": 0}',
             '{"ctx": "a", "endings": ["b"], "label": -1}',
+            '{"ctx": "a", "endings": ["b"], "label": 1}',
+            '{"ctx": "a", "endings": ["b", ""], "label": 0}',
+            '{"ctx": "a", "endings": ["b", 3], "label": 0}',
+            '{"ctx": "", "endings": ["b"], "label": 0}',
         ),
     ],
 )
@@ -625,6 +729,7 @@ def test_questions_that_cannot_be_used(content, tmp_path, bytes_as_bpe):
     assert_one_line(run_script("hellaswag", tmp_path / "h.jsonl"), tmp_path / "h.jsonl")
     assert_one_line(run_script("hellaswag", tmp_path / "absent"), tmp_path / "absent")
     assert_one_line(run_script("hellaswag"), "usage", "hellaswag.py FILE")
+    assert_one_line(run_script("hellaswag", "--device", "cpu"), "usage", "hellaswag.py FILE")
 
 
 def test_sampling_does_not_disturb_training(small_data, tmp_path, bytes_as_bpe):
@@ -724,7 +829,6 @@ def test_a_cpu_computes_in_bfloat16_where_it_has_it(capabilities, dtype, monkeyp
     if capabilities is None:  # torch 2.9
         monkeypatch.delattr(torch.cpu, "get_capabilities")
     args = step.parse_args([])
-    args.device = "auto"
     assert step.setup_device(args) == torch.device("cpu")
     assert (args.device, args.dtype) == ("cpu", dtype)
     with warnings.catch_warnings(action="error"), step.autocast(args):
@@ -841,10 +945,11 @@ def test_gradients_are_exchanged_once_per_update(
     parallel, small_data, tmp_path, monkeypatch, one_process_group
 ):
     """With the last of the four micro-batches."""
-    real, exchanged = step.average_gradients, []
+    real, exchanged = step.parallelize, []
 
-    def spy(forward, on):
-        real(forward, on)
+    def spy(forward, inputs):
+        if not torch.is_grad_enabled():  # an evaluation
+            return
         if parallel == "ddp":
             assert isinstance(forward, step.DistributedDataParallel)
             assert forward.gradient_as_bucket_view  # or there would be two copies of them
@@ -854,7 +959,12 @@ def test_gradients_are_exchanged_once_per_update(
             state = forward._get_fsdp_state()._fsdp_param_group
             exchanged.append(state.reduce_grads and state.all_reduce_grads)
 
-    monkeypatch.setattr(step, "average_gradients", spy)
+    def parallelize(*given):
+        forward = real(*given)
+        forward.register_forward_pre_hook(spy)
+        return forward
+
+    monkeypatch.setattr(step, "parallelize", parallelize)
     monkeypatch.setattr(step, "plot_run", str)
     run(small_data, tmp_path, "--parallel", parallel, "--max_iters", 2, "--eval_interval", 2)
     assert exchanged == [False, False, False, True] * 2
@@ -1384,6 +1494,7 @@ def test_bad_flags(flags, words, small_data, tmp_path, bytes_as_bpe):
         ("a.jsonl", None, "missing"),
         ("a.jsonl", "", "empty"),
         ("a.csv", "text", "must end in .jsonl"),
+        ("a.jsonl b.txt", '{"text": "a"}', "must end in .jsonl"),
         ("a.parquet", "text", "column 'text'"),
         ("a.jsonl", "{x", "column 'text'"),
         ("a.jsonl", '{"body": "a"}', "column 'text'"),
@@ -1391,13 +1502,25 @@ def test_bad_flags(flags, words, small_data, tmp_path, bytes_as_bpe):
     ],
 )
 def test_a_corpus_that_cannot_be_read(name, content, word, tmp_path, bytes_as_bpe):
-    path = tmp_path / name
-    if content is not None:
+    paths = [tmp_path / file for file in name.split()]
+    for path in paths if content is not None else []:
         path.write_text(content)
-    code, errors = run_script("prepare", *prepare_flags(tmp_path, "--corpus", path))
+    code, errors = run_script("prepare", *prepare_flags(tmp_path, "--corpus", *paths))
     assert code == 2 and "Traceback" not in errors
     last = errors.strip().splitlines()[-1]  # after the bar of datasets
-    assert last.startswith(f"prepare.py: error: --corpus {path}") and word in last
+    assert last.startswith(f"prepare.py: error: --corpus {paths[0]}") and word in last
+
+
+def test_scripts_without_gpt2s_encoding(tmp_path, bytes_as_bpe, monkeypatch):
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: 1 / 0)  # no network
+    question = {"ctx": "a", "endings": ["b", "c"], "label": 1}
+    (tmp_path / "h.jsonl").write_text(json.dumps(question))
+    for name, flags in (
+        ("hellaswag", [tmp_path / "h.jsonl"]),
+        ("prepare", prepare_flags(tmp_path)),
+    ):
+        assert_one_line(run_script(name, *flags), f"{name}.py: error: {step.NO_BPE}")
+    assert not (tmp_path / "made").exists()
 
 
 def test_scripts_without_a_checkpoint(tmp_path):
