@@ -356,11 +356,11 @@ def test_the_picture_shows_the_best_heads_and_the_loss_by_period(
     losses = [induction.evaluate(model, *pair, "a")["a_loss"] for _, pair in asked]
     shown, chance = third.lines
     assert shown.get_xydata().tolist() == [[p, loss] for p, loss in zip(range(2, 15), losses)]
-    assert chance.get_xydata().tolist() == [[p, math.log(p)] for p in range(2, 15)]
+    assert chance.get_xydata().tolist() == [[p, math.log(p - 1)] for p in range(2, 15)]
     assert chance.get_linestyle() == "--" and chance.get_color() == "gray"
     (span,) = third.patches
     assert (span.get_x(), span.get_x() + span.get_width(), span.get_alpha()) == (3, 7, 0.15)
-    labels = ["loss", "log(period)", "periods in training"]
+    labels = ["loss", "log(period - 1): chance", "periods in training"]
     assert [text.get_text() for text in third.get_legend().get_texts()] == labels
     assert third.get_xlabel() == "period (tokens)" and third.get_ylim()[0] == 0
     assert third.get_ylabel() == "loss (nats per token)"

@@ -7,13 +7,14 @@ Gone:    read_text, split_words, encode, join_words, windows, load_data, generat
          log_sample
 
 Random tokens cannot be predicted, unless they repeat: then the next token is the one that followed
-the same token before. To find it takes two heads in a row. One in the first layer writes to each
-position which token stands before it; an induction head in the second attends to the positions
-behind earlier occurrences of the present token, and copies what stands there. One layer learns
-little more than which tokens occur. The loss falls at once when the heads form; attention.png shows
-them. Shorter periods than those in training are copied as well, longer ones are not: in the picture
-the first head looks one position back only at the positions where training needed it. In ascending
-integers, every token has one successor: the weights can store it, no context is needed.
+an earlier occurrence of the current token. Finding it takes two attention heads, one after the
+other: a previous-token head in the first layer writes to each position which token precedes it; an
+induction head in the second layer attends to the positions whose preceding token is the current
+one, and copies the token there. One layer learns little more than which tokens occur. The loss
+drops abruptly when the two heads form; attention.png shows them. Periods shorter than in training
+are copied as well, longer ones are not: the previous-token head has learned to look one position
+back only where training needed it. In ascending integers, every token has one successor: the
+weights can store it, no context is needed.
 
 Try:     --n_layer 1 (what is left to learn?)
          --task ascending --n_layer 1
@@ -37,14 +38,13 @@ import time
 from pathlib import Path
 
 import jax
-import matplotlib.pyplot as plt
 import optax
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from plot import plot_run
+from plot import plot_run, plt
 
 
 # ---------- data ----------
@@ -52,19 +52,20 @@ def make_sequences(args, n, period_min, period_max):
     """Return x (n, T), n new sequences of tokens, and y (n, T), the tokens after them.
 
     A sequence starts with `period` different tokens and then repeats them cyclically, beginning
-    with a random one. y is -100, cross_entropy's ignore_index, where the next token cannot be known
-    from earlier ones: in the first period, and after its last token, where the cycle closes.
+    with a random one, so that its position does not tell the next token. y is -100, cross_entropy's
+    ignore_index, where earlier tokens do not tell it either: in the first period, and after the
+    period's last token, which the random one followed at first.
     With --task ascending, integers ascend from a random one instead; 0 follows the largest.
     """
-    places = torch.arange(args.block_size + 1)  # (T + 1,)
+    t = torch.arange(args.block_size + 1)  # (T + 1,), the positions
     if args.task == "ascending":
-        tokens = (torch.randint(args.vocab_size, (n, 1)) + places) % args.vocab_size  # (n, T + 1)
+        tokens = (torch.randint(args.vocab_size, (n, 1)) + t) % args.vocab_size  # (n, T + 1)
         return tokens[:, :-1], tokens[:, 1:]
     period = torch.randint(period_min, period_max + 1, (n, 1))
     start = (torch.rand(n, 1) * period).long()
-    index = torch.where(places < period, places, (places - period + start) % period)  # (n, T + 1)
+    index = torch.where(t < period, t, (t - period + start) % period)  # (n, T + 1)
     tokens = torch.rand(n, args.vocab_size).argsort(dim=1).gather(1, index)  # of permutations
-    is_known = (places >= period) & (index < period - 1)  # (n, T + 1)
+    is_known = (t >= period) & (index < period - 1)  # (n, T + 1)
     return tokens[:, :-1], tokens[:, 1:].masked_fill(~is_known[:, :-1], -100)
 
 
@@ -200,10 +201,10 @@ def evaluate(model, x, y, name):
 
 @torch.no_grad()
 def head_scores(model, x, y):
-    """Return two scores (n_layer, H) of every head: means of attention weights, from 0 to 1.
+    """Return two scores (n_layer, H) of every head: mean attention weights, from 0 to 1.
 
-    previous: the weight of the position before. induction: the weight of the positions behind the
-    earlier occurrences of the same token, where the next token stands.
+    previous: the weight of the position before. induction, where y is not ignored: the weight of
+    the positions whose preceding token is the current one.
     """
     model.eval()
     model(x)
@@ -211,13 +212,13 @@ def head_scores(model, x, y):
     weights = torch.stack([block.attn.weights for block in model.h], dim=1)  # (n, L, H, T, T)
     previous = weights.diagonal(-1, dim1=3, dim2=4).mean(dim=(0, 3))  # (L, H)
     before = F.pad(x[:, :-1], (1, 0), value=-1)  # (n, T), the token before each
-    is_behind = (before[:, None, :] == x[:, :, None]) & (y >= 0)[:, :, None]  # (n, T, T)
-    induction = (weights * is_behind[:, None, None]).sum(dim=(0, 3, 4)) / (y >= 0).sum()  # (L, H)
+    is_match = (before[:, None, :] == x[:, :, None]) & (y >= 0)[:, :, None]  # (n, T, T)
+    induction = (weights * is_match[:, None, None]).sum(dim=(0, 3, 4)) / (y >= 0).sum()  # (L, H)
     return previous, induction
 
 
 def draw_attention(args, model, x, y):
-    """Write attention.png: two heads at work on the first sequence of x, and the loss by period."""
+    """Write attention.png: two heads' weights on the first sequence of x, and losses by period."""
     scores = head_scores(model, x, y)
     figure, axes = plt.subplots(1, 3, figsize=(15, 5), layout="constrained")
     for axis, name, score in zip(axes, ("previous-token", "induction"), scores):
@@ -229,7 +230,8 @@ def draw_attention(args, model, x, y):
     sequences = [make_sequences(args, 64, period, period) for period in periods]
     losses = [evaluate(model, *pair, "period")["period_loss"] for pair in sequences]
     axes[2].plot(periods, losses, label="loss")
-    axes[2].plot(periods, [math.log(p) for p in periods], "--", color="gray", label="log(period)")
+    chance = [math.log(period - 1) for period in periods]  # any other token of the period
+    axes[2].plot(periods, chance, "--", color="gray", label="log(period - 1): chance")
     axes[2].axvspan(args.period_min, args.period_max, alpha=0.15, label="periods in training")
     axes[2].set(xlabel="period (tokens)", ylabel="loss (nats per token)", ylim=(0, None))
     axes[2].legend()
@@ -313,10 +315,10 @@ def parse_args(argv=None):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     flag = parser.add_argument_group("data").add_argument
-    flag("--task", choices=["repeat", "ascending"], default="repeat", help="data")
+    flag("--task", choices=["repeat", "ascending"], default="repeat", help="sequences")
     flag("--vocab_size", type=number(int, 4), default=32, help="number of different tokens")
-    flag("--period_min", type=number(int, 2), default=8, help="shortest period, in tokens")
-    flag("--period_max", type=number(int, 2), default=15, help="longest period in training")
+    flag("--period_min", type=number(int, 2), default=8, help="shortest in training, in tokens")
+    flag("--period_max", type=number(int, 2), default=15, help="longest in training, in tokens")
     flag("--batch_size", type=number(int, 1), default=64, help="sequences per minibatch")
     flag = parser.add_argument_group("model").add_argument
     flag("--block_size", type=number(int, 1), default=32, help="tokens per sequence")
