@@ -17,6 +17,12 @@ step = load_step(STEP)
 SMALL = "--n_layer 2 --n_head 2 --n_embd 16 --block_size 16 --batch_size 4 --dtype float32".split()
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Drawing would take much of the time; test_smoke.py has the pictures."""
+    monkeypatch.setattr(step, "plot_run", lambda out_dir: out_dir / "loss.png")
+
+
 def run_sample(*flags):
     """Run sample.py as a script of its own, as run_main does: (exit code, stderr)."""
     sys.modules.pop("train", None)  # each step has another one

@@ -70,6 +70,12 @@ SMALL = (
 ).split()
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Drawing would take much of the time; test_smoke.py has the pictures."""
+    monkeypatch.setattr(step, "plot_run", lambda out_dir: out_dir / "loss.png")
+
+
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory):
     """A data folder whose openwebtext/ holds 4,000 and 500 tokens of a small vocabulary."""
@@ -965,7 +971,6 @@ def test_gradients_are_exchanged_once_per_update(
         return forward
 
     monkeypatch.setattr(step, "parallelize", parallelize)
-    monkeypatch.setattr(step, "plot_run", str)
     run(small_data, tmp_path, "--parallel", parallel, "--max_iters", 2, "--eval_interval", 2)
     assert exchanged == [False, False, False, True] * 2
 
@@ -973,7 +978,6 @@ def test_gradients_are_exchanged_once_per_update(
 def test_a_process_whose_torchrun_is_gone_saves_and_ends(
     small_data, tmp_path, monkeypatch, one_process_group
 ):
-    monkeypatch.setattr(step, "plot_run", str)
     parents = iter([7, 7, 7, 1, 1])
     monkeypatch.setattr(os, "getppid", lambda: next(parents))
     assert run(small_data, tmp_path)["iter"] == 0
@@ -1212,7 +1216,6 @@ def test_a_restarted_job_does_not_resume_the_run_of_another(small_data, tmp_path
 
 @pytest.mark.parametrize(("who", "job"), [("TORCHELASTIC", "RUN"), ("SLURM", "JOB")])
 def test_a_job_that_was_restarted_resumes(who, job, small_data, tmp_path, monkeypatch):
-    monkeypatch.setattr(step, "plot_run", str)
     monkeypatch.setenv(f"{who}_{job}_ID", "17")
     for count in (None, "", "0"):  # the first attempt
         if count is not None:
@@ -1355,7 +1358,6 @@ def test_spikes_are_skipped_and_nothing_else(small_data, tmp_path, monkeypatch, 
         return total
 
     monkeypatch.setattr(step, "all_sum", all_sum)
-    monkeypatch.setattr(step, "plot_run", str)
     monkeypatch.setattr(step, "evaluate", lambda *given: 5.0)
     flags = "--max_iters 106 --eval_interval 106 --n_layer 1 --n_embd 4 --block_size 4"
     flags = [*flags.split(), "--batch_size", 1, "--total_batch_tokens", 4]
