@@ -3,6 +3,8 @@
 import argparse
 import json
 import math
+import os
+import signal
 import sys
 import types
 
@@ -286,6 +288,11 @@ def test_evaluation_and_sampling_drop_nothing_out_and_training_goes_on_doing_it(
     start = torch.zeros(1, 1, dtype=torch.long)
     assert torch.equal(step.generate(args, model, start), step.generate(args, model, start))
     assert model.training
+    graphs = []
+    model.register_forward_hook(lambda module, inputs, logits: graphs.append(logits.grad_fn))
+    step.evaluate(args, model, ids)
+    step.generate(args, model, start)
+    assert len(graphs) > 200 and set(graphs) == {None}  # nothing is kept for a backward pass
 
 
 def test_adamw_is_nanogpts_recipe():
@@ -520,6 +527,40 @@ def test_samples_end_with_stop():
         assert text[2:].count("c") == 1
 
 
+def test_losses_are_computed_in_float32(standins, tmp_path, monkeypatch):
+    """The sum over a batch has more digits than bfloat16 holds."""
+    real, dtypes = F.cross_entropy, []
+
+    def spy(logits, *given, **options):
+        dtypes.append(logits.dtype)
+        return real(logits, *given, **options)
+
+    monkeypatch.setattr(F, "cross_entropy", spy)
+    flags = [*tiny_flags(STEP, standins, tmp_path), "--dtype", "bfloat16", "--max_iters", "1"]
+    step.train(step.parse_args([*flags, "--max_new_tokens", "0"]))
+    assert len(dtypes) > 3 and set(dtypes) == {torch.float32}
+
+
+def test_nothing_in_the_loop_waits_for_the_device(standins, tmp_path, monkeypatch):
+    """Whatever reads a number from the device is as rare in a long run as in a short one."""
+    waits, counts = [], []
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "__format__", "cpu"):
+        real = getattr(torch.Tensor, name)
+
+        def counted(self, *args, real=real, **kwargs):
+            waits.append(real)
+            return real(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    for max_iters in ("2", "7"):
+        flags = [*tiny_flags(STEP, standins, tmp_path / max_iters), "--device", "cpu"]
+        flags += ["--eval_interval", "100", "--max_iters", max_iters]
+        step.train(step.parse_args(flags))
+        counts.append(len(waits))
+        waits.clear()
+    assert 0 < counts[0] == counts[1]
+
+
 def test_sampling_does_not_disturb_training(standins, tmp_path):
     losses = []
     for n in ("0", "20"):
@@ -541,21 +582,44 @@ def test_every_iteration_of_every_seed_has_its_own_minibatch(standins, tmp_path,
     assert len(used) == len(set(used)) == 2 * 6
 
 
-def test_a_signal_saves_and_resume_goes_on(standins, tmp_path):
-    class Signals:
-        """A list of signals that gets its first one before the sixth iteration."""
+def stopped_at(iter_num, monkeypatch):
+    """Let this process get a SIGTERM in the iteration before; return the list of signals."""
+    calls, signals, real = [], [], torch.Tensor.backward
 
-        def __bool__(self):
-            self.asked = getattr(self, "asked", 0) + 1
-            return self.asked > 5
+    def backward(loss):
+        real(loss)
+        calls.append(loss)
+        if len(calls) == iter_num:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    flags = tiny_flags(STEP, standins, tmp_path)
-    step.train(step.parse_args(flags), Signals())
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    return signals
+
+
+def test_a_signal_saves_and_resume_goes_on(standins, tmp_path, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    whole = step.train(step.parse_args(tiny_flags(STEP, standins, tmp_path / "whole")))
+    assert signal.getsignal(signal.SIGTERM) == before
+    flags, signals = tiny_flags(STEP, standins, tmp_path), stopped_at(5, monkeypatch)
+    step.train(step.parse_args(flags), signals)
+    assert signals == [signal.SIGTERM]
     assert torch.load(tmp_path / "last.pt", weights_only=True)["state"]["iter_num"] == 5
     final = step.train(step.parse_args([*flags, "--init_from", "resume"]))
-    whole = step.train(step.parse_args(tiny_flags(STEP, standins, tmp_path / "whole")))
     for key in ("train_loss", "val_loss"):
         assert final[key] == whole[key]
+
+
+def test_a_signal_after_a_loss_that_is_not_finite_saves_nothing(standins, tmp_path, monkeypatch):
+    real, signals = F.cross_entropy, stopped_at(5, monkeypatch)
+
+    def cross_entropy(logits, y, **options):
+        return real(logits, y, **options) * (math.nan if logits.requires_grad else 1)
+
+    monkeypatch.setattr(F, "cross_entropy", cross_entropy)
+    flags = [*tiny_flags(STEP, standins, tmp_path), "--eval_interval", "6"]
+    step.train(step.parse_args(flags), signals)
+    assert signals == [signal.SIGTERM]
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["state"]["iter_num"] == 0
 
 
 def test_a_run_records_and_prints_its_time_speed_and_samples(
@@ -585,13 +649,6 @@ def test_a_run_records_and_prints_its_time_speed_and_samples(
             super().__init__(*given, **options)
             bars.append((self.n, self.total, self.disable))
 
-    class Signals:
-        """A list of signals that gets its first one before the fifth iteration."""
-
-        def __bool__(self):
-            self.asked = getattr(self, "asked", 0) + 1
-            return self.asked > 4
-
     monkeypatch.setattr(step, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(step, "load_data", takes(100, step.load_data))
     monkeypatch.setattr(step, "evaluate", takes(10, step.evaluate))
@@ -601,12 +658,15 @@ def test_a_run_records_and_prints_its_time_speed_and_samples(
     (tmp_path / "samples.txt").write_text("of an earlier run")
     flags = [*tiny_flags(STEP, standins, tmp_path), "--device", "cpu", "--dtype", "float32"]
     flags += ["--max_iters", "5", "--eval_interval", "3"]
-    assert step.train(step.parse_args(flags), Signals())["iter"] == 3
+    assert step.train(step.parse_args(flags), stopped_at(4, monkeypatch))["iter"] == 3
     last = tmp_path / "last.pt"
     stopped = f"stopped at iteration 4; --init_from resume continues from {last}"
     said = capsys.readouterr().out
     assert stopped in said.splitlines() and "picture" not in said
     assert torch.load(last, weights_only=True)["state"]["seconds"] == 122  # 100 + 2 * 10 + 4 / 2
+    for name in ("metrics.jsonl", "samples.txt"):  # what was written after the last checkpoint
+        with open(tmp_path / name, "a") as file:
+            file.write('{"iter": 4, "sec')
     final = step.train(step.parse_args([*flags, "--init_from", "resume"]))
     logged, said = records(tmp_path), said + capsys.readouterr().out
     assert logged[-1] == final
