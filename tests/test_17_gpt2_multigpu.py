@@ -645,11 +645,13 @@ def test_evaluation_counts_every_token_once(n, batch_size):
     def batch_loss(x, y, reduction):
         return F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction=reduction)
 
-    losses = []
+    model.register_forward_hook(lambda *given: graphs.append(given[2].grad_fn))
+    losses, graphs = [], []
     for i in range(n - 1):
         x = torch.from_numpy(ids[None, i // 16 * 16 : i + 1].astype(np.int64))
         losses.append(F.cross_entropy(model(x)[0, -1], torch.tensor(int(ids[i + 1]))).item())
     model.train()  # evaluation drops nothing out
+    graphs.clear()
     for n_processes in (1, 3):  # they share the tokens, and their sums are added up
         found = 0
         for rank in range(n_processes):
@@ -657,6 +659,7 @@ def test_evaluation_counts_every_token_once(n, batch_size):
             found += step.evaluate(args, model, ids, batch_loss, torch.device("cpu"))
             assert model.training
         assert found == pytest.approx(sum(losses) / (n - 1), rel=1e-5)
+    assert set(graphs) == {None}  # nothing is kept for a backward pass
 
 
 def test_sums_are_exact():
@@ -1108,9 +1111,19 @@ class Signals:
         return self.left < 0
 
 
-def test_a_signal_saves_and_resume_goes_on(small_data, tmp_path):
+def test_a_signal_saves_and_resume_goes_on(small_data, tmp_path, monkeypatch):
     flags = ["--dropout", 0.2, "--data_dir", small_data, "--out_dir"]
-    step.train(parse(*flags, tmp_path / "a"), Signals(after=3))
+    real, calls, signals = step.measure_speed, [], []
+
+    def measure_speed(*given):
+        calls.append(given)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*given)
+
+    monkeypatch.setattr(step, "measure_speed", measure_speed)
+    step.train(parse(*flags, tmp_path / "a"), signals)
+    assert signals == [signal.SIGTERM]
     assert checkpoint(tmp_path / "a")["state"]["iter_num"] == 4
     step.train(parse(*flags, tmp_path / "a", "--init_from", "resume"))
     step.train(parse(*flags, tmp_path / "b"))
@@ -1302,6 +1315,8 @@ def test_a_run_records_and_prints_its_time_and_speed(small_data, tmp_path, monke
     # 100 s for the data, 50 for the first micro-batch, 200 for update 0, 2 for each later one.
     state = torch.load(last, weights_only=True)["state"]
     assert state["seconds"] == 100 + 50 + 10 + 200 + 4 + 10 + 2
+    for log in (tmp_path / "metrics.jsonl", tmp_path / "samples.txt"):
+        log.write_text(log.read_text() + '{"iter": 4, "sec')  # after the last checkpoint
     final = step.train(parse(*flags, "--init_from", "resume"))
     said += capsys.readouterr().out
     logged = records(tmp_path)
@@ -1407,6 +1422,19 @@ def test_float16_scales_the_loss(small_data, tmp_path):
     assert checkpoint(tmp_path / "a")["scaler"]["scale"] > 1
     assert a["val_loss"] == pytest.approx(c["val_loss"], rel=0.01)
     assert b["val_loss"] == pytest.approx(c["val_loss"], rel=0.01)
+
+
+def test_losses_are_computed_in_float32(small_data, tmp_path, monkeypatch):
+    """The sum over a batch has more digits than bfloat16 holds."""
+    real, dtypes = F.cross_entropy, []
+
+    def spy(logits, *given, **options):
+        dtypes.append(logits.dtype)
+        return real(logits, *given, **options)
+
+    monkeypatch.setattr(F, "cross_entropy", spy)
+    run(small_data, tmp_path, "--dtype", "bfloat16", "--max_iters", 1)
+    assert len(dtypes) > 3 and set(dtypes) == {torch.float32}
 
 
 def test_one_all_reduce_per_update(small_data, tmp_path, monkeypatch):
