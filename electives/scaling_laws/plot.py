@@ -18,17 +18,7 @@ TITLE = "Elective scaling_laws: distorted MNIST"
 PANELS = [
     {
         "axes": {"ylabel": "test loss (nats)", "xscale": "log", "yscale": "log", "xlim": (2, 2e4)},
-        "curves": [
-            "width_2",
-            "width_3",
-            "width_4",
-            "width_5",
-            "width_6",
-            "width_8",
-            "width_12",
-            "width_16",
-            "largest",
-        ],
+        "curves": [*(f"width_{w}" for w in (2, 3, 4, 5, 6, 8, 12, 16)), "largest"],
         "references": {"predicted": "predicted_loss"},
     },
 ]

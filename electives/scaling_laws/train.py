@@ -8,13 +8,15 @@ Gone:    OptaxOptimizer, log_metrics
 
 Small networks are trained on rotated and distorted digits, and straight lines on log axes (power
 laws) are fitted to their test losses: L(N) for N parameters, L(D) for D training images, L(C) for
-a compute budget C that is spent on the best N. The laws then say which network a larger budget
-should train, and how low its loss will be, before it is trained. How far off is the prediction,
-and on which side? A task with an irreducible loss bends the line upwards in the end.
+a compute budget C that is spent on a network of the best size, and N(C) for that size. The laws
+then say which network a larger budget should train, and predict its loss before it is trained. How
+far off is the prediction, and on which side? An irreducible loss, which no model can go below,
+would flatten the curves in the end.
 
-Try:     --quick (a minute; why does it predict worse?), --dropout 0.2, --growth 10
-Source:  Kaplan et al. 2020, "Scaling laws for neural language models"; the best N per budget:
-         Hoffmann et al. 2022, "Training compute-optimal large language models", approach 2.
+Try:     --max_iters 1024 --n_seeds 1 (a minute; why does it predict worse?), --dropout 0.2,
+         --growth 10
+Source:  Kaplan et al. 2020, "Scaling laws for neural language models"; Hoffmann et al. 2022,
+         "Training compute-optimal large language models" (approach 2: the best N per budget).
 """
 
 import os
@@ -59,7 +61,7 @@ def load_data(args):
                 f"{args.data_dir}/MNIST/raw/{name}-*: missing or broken ({str(error)[-80:]!r}); "
                 f"put MNIST there, or stand-ins: python tests/standins.py {args.data_dir}"
             ) from error
-        # Half the resolution costs a quarter of the compute, which here pays for more networks.
+        # Half the resolution costs a quarter of the compute: more networks fit into the time.
         datasets.append((F.avg_pool2d(x[:, None] / 255, 2), y))  # x (N, 1, 14, 14), 0 to 1
     # Mean 0 and variance 1, the scale that the initialization preserves; from training images only.
     mean, std = datasets[0][0].mean(), datasets[0][0].std()
@@ -81,9 +83,9 @@ def augment(x, angle, distortion):
     angles = math.radians(angle) * (2 * torch.rand(len(x)) - 1)  # (B,)
     cos, sin, zero = angles.cos(), angles.sin(), torch.zeros(len(x))
     rotations = torch.stack([cos, -sin, zero, sin, cos, zero], dim=1).view(-1, 2, 3)
-    # Where in x each pixel is read; the image spans -1 to 1 in both coordinates.
+    # The grid holds the place in x from which each pixel is read, in coordinates from -1 to 1.
     grid = F.affine_grid(rotations, x.shape, align_corners=False)  # (B, H, W, 2)
-    # 4 x 4 points of every image move at random, and the pixels between them smoothly along.
+    # A grid of 4 x 4 points moves at random; the moves of the pixels between are interpolated.
     moves = distortion * 2 / x.shape[-1] * torch.randn(len(x), 2, 4, 4)
     moves = F.interpolate(moves, x.shape[2:], mode="bicubic", align_corners=True)  # (B, 2, H, W)
     grid = grid + moves.permute(0, 2, 3, 1)
@@ -98,7 +100,7 @@ def distort(dataset, args):
 
 # ---------- model ----------
 class ConvNet(nn.Module):
-    """Maps images x (B, 1, 14, 14) to logits (B, C); all layers grow with width w."""
+    """Maps images x (B, 1, 14, 14) to logits (B, C); all layers scale with the width w."""
 
     def __init__(self, width, n_classes, dropout):
         super().__init__()
@@ -127,8 +129,8 @@ def count_params(width):
 
 def count_flops(width):
     """Return the floating-point operations of training, per image (after Kaplan et al. 2020)."""
-    # A weight is used once per position of its layer's output, for a multiplication and an
-    # addition. The backward pass does twice that: the gradients of the inputs and of the weights.
+    # A weight is used once per position of its layer's output, for one multiplication and one
+    # addition. The backward pass takes twice that: gradients of the inputs and of the weights.
     positions = {"conv_1": 14 * 14, "conv_2": 7 * 7, "hidden": 1, "out": 1}
     model = ConvNet(width, 10, 0)
     return 6 * sum(n * getattr(model, layer).weight.numel() for layer, n in positions.items())
@@ -137,9 +139,10 @@ def count_flops(width):
 # ---------- optimizer ----------
 def average(mean, param, n_averaged):
     """Return the mean of a parameter over all updates, the t-th weighted by about t**8."""
-    # The latest ninth of the updates counts most. The mean has a low loss at every iteration, not
-    # only at the end of a learning rate schedule: one run shows the losses of all shorter ones.
-    # (Shamir & Zhang 2013, "Stochastic gradient descent for non-smooth optimization".)
+    # Two thirds of the weight are on the latest ninth of the updates. The averaged network has a
+    # low loss at any time, not only at the end of a learning rate decay: one run has the losses of
+    # all shorter ones. (Polynomial-decay averaging: Shamir and Zhang 2013, "Stochastic gradient
+    # descent for non-smooth optimization".)
     return mean + (param - mean) * 9 / (n_averaged + 9)
 
 
@@ -171,27 +174,23 @@ class PowerLaw:
     """The law y = scale * x**exponent, fitted to points (x, y): a straight line on log axes."""
 
     def __init__(self, points):
-        self.log_x, self.log_y = np.log(points).T
-        self.exponent, log_scale = np.polyfit(self.log_x, self.log_y, 1)  # least squares
+        self.points = np.array(points)  # (n, 2)
+        self.exponent, log_scale = np.polyfit(*np.log(self.points).T, 1)  # least squares
         self.scale = np.exp(log_scale)
 
     def __call__(self, x):
         return self.scale * x**self.exponent
 
     def interval(self):
-        """Return the bootstrap's 95% interval of the exponent.
+        """Return the bootstrap 95% confidence interval of the exponent.
 
-        It is too narrow for L(C) and N(C), whose points share their networks.
+        It is too narrow for L(C) and N(C), whose points come from the same networks.
         """
-        # Fits to as many of the points, drawn at random with replacement: how much do they vary?
-        n = len(self.log_x)
-        samples = np.random.default_rng(0).integers(n, size=(1000, n))
-        x, y = self.log_x[samples], self.log_y[samples]  # (1000, n)
-        varied = np.ptp(x, axis=1) > 0  # no line goes through one x alone
-        x, y = x[varied], y[varied]
-        x -= x.mean(axis=1, keepdims=True)
-        exponents = (x * y).sum(axis=1) / (x * x).sum(axis=1)  # least squares' slopes
-        return np.quantile(exponents, [0.025, 0.975])
+        # How much does the exponent vary over samples of the points, drawn with replacement?
+        n = len(self.points)
+        samples = self.points[np.random.default_rng(0).integers(n, size=(1000, n))]  # (1000, n, 2)
+        laws = [PowerLaw(s) for s in samples if np.ptp(s[:, 0]) > 0]  # one x alone has no slope
+        return np.quantile([law.exponent for law in laws], [0.025, 0.975])
 
 
 def compute_optimal(curves):
@@ -201,7 +200,7 @@ def compute_optimal(curves):
     """
     points, edges = [], []
     largest = max(record["flops"] for curve in curves for record in curve)
-    # On smaller budgets, warm-up counts; the loss falls more steeply there than the power law.
+    # On smaller budgets warm-up is a large part of training: the loss is no power law there.
     for log_c in np.log(largest) - np.log(2) / 2 * np.arange(9):
         log_n, log_loss = [], []
         for curve in curves:
@@ -212,27 +211,27 @@ def compute_optimal(curves):
                 log_loss.append(np.interp(log_c, log_flops, log_losses))
         if len(log_n) > 2:
             # At equal compute, too small a network learns too little, and too large a one sees too
-            # few images: a parabola through the losses has its minimum in between.
+            # few images: a parabola fitted to the losses has its minimum in between (IsoFLOP).
             parabola = np.polynomial.Polynomial.fit(log_n, log_loss, 2)
             sizes = np.linspace(min(log_n), max(log_n), 1001)
             best = sizes[parabola(sizes).argmin()]
-            inside = sizes[0] < best < sizes[-1]  # else the best size may lie beyond these widths
+            inside = sizes[0] < best < sizes[-1]  # else the minimum may lie beyond these widths
             (points if inside else edges).append(np.exp([log_c, best, parabola(best)]))
     return points if len(points) > 1 else points + edges
 
 
 # ---------- training ----------
 WIDTHS = (2, 3, 4, 5, 6, 8, 12, 16)
-LONGEST_WIDTH = 6  # wider networks train for fewer updates, with the compute of this one
+LONGEST_WIDTH = 6  # wider networks train for fewer updates, with the same compute as this one
 N_IMAGES = (500, 1000, 2000, 4000, 8000)  # training images, for L(D)
-AMPLE_WIDTH = 12  # of the networks for L(D): what limits them is the number of images
+AMPLE_WIDTH = 12  # of the networks for L(D), which are limited by the number of images
 
 
 def train_network(args, datasets, width, n_images, max_iters, seed):
     """Train one network; return its learning curve, a list of dicts, one per evaluation.
 
-    With n_images, as many distorted images are seen again and again until the network overfits;
-    without, every minibatch is distorted anew: ample data.
+    With n_images > 0, as many images are distorted once and seen again and again, until the network
+    overfits; with 0, every minibatch of the training set is distorted anew: ample data.
     """
     n_params, flops = count_params(width), count_flops(width) * args.batch_size  # per update
     torch.manual_seed(seed)
@@ -264,7 +263,8 @@ def train_network(args, datasets, width, n_images, max_iters, seed):
         logits = model(x if n_images else augment(x, args.angle, args.distortion))
         loss = F.cross_entropy(logits, y)
         bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-        # The inverse square root needs no known end. Wider layers take smaller updates.
+        # The inverse square root schedule depends on no final iteration. Wider layers have more
+        # inputs, and need a lower learning rate.
         warmup = (iter_num + 1) / args.warmup_iters
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate / width**0.5 * min(warmup, warmup**-0.5)
@@ -285,7 +285,7 @@ def run_once(args, datasets, width, n_images, max_iters, seed):
     curve = train_network(args, datasets, width, n_images, max_iters, seed)
     path.parent.mkdir(exist_ok=True)
     path.with_suffix(".tmp").write_text(json.dumps({"settings": settings, "curve": curve}))
-    path.with_suffix(".tmp").replace(path)  # so that an interrupted run leaves no file, not half
+    path.with_suffix(".tmp").replace(path)  # if the write is interrupted, no half a file is left
     last = stop_early(curve)
     tqdm.write(f"{path.stem}: test loss {last['test_loss']:.4f} after {last['iter']} updates")
     return curve
@@ -293,7 +293,7 @@ def run_once(args, datasets, width, n_images, max_iters, seed):
 
 def save_fits(points, laws, curves, path):
     """Draw points and laws on log axes into the PNG file path, and the largest run as a star."""
-    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    figure = Figure(figsize=(11, 7), layout="constrained")
     labels = {
         "L(N)": ("parameters N", "test loss (nats)"),
         "L(D)": ("training images D", "test loss (nats)"),
@@ -332,8 +332,6 @@ def train(args):
     val_set = distort(TensorDataset(*train_set[:n_val]), args)
     test_set = distort(TensorDataset(*test_set[::2]), args)  # every second one, for speed
     datasets = TensorDataset(*train_set[n_val:]), val_set, test_set
-    if args.quick:
-        args.max_iters, args.n_seeds = 1024, 1
     seeds = range(args.seed, args.seed + args.n_seeds)
     args.out_dir.mkdir(parents=True, exist_ok=True)
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "device": "cpu"}
@@ -359,7 +357,7 @@ def train(args):
         points["N(C)"].append((budget, n_params))
     laws = {name: PowerLaw(points[name]) for name in points}
 
-    # The prediction is on the disk before the largest network is made.
+    # The prediction is written to the disk before the largest network is trained.
     budget = args.growth * largest_flops
     log_n = math.log(laws["N(C)"](budget))
     width = min(range(1, 50), key=lambda w: abs(math.log(count_params(w)) - log_n))
@@ -424,13 +422,12 @@ def parse_args(argv=None):
     flag("--learning_rate", type=number(float, 0), default=0.03, help="peak, at width 1")
     flag("--warmup_iters", type=number(int, 1), default=100, help="linear warm-up; usually 1-10%%")
     flag("--max_iters", type=number(int, 64), default=6000, help="parameter updates per network")
-    flag("--growth", type=number(float, 1), default=3, help="largest run's compute, over others'")
+    flag("--growth", type=number(float, 1), default=3, help="compute of the largest run / others'")
     flag = parser.add_argument_group("logging").add_argument
     flag("--out_dir", type=Path, default=Path(__file__).parent / "out", help="output directory")
     flag = parser.add_argument_group("system").add_argument
     flag("--seed", type=number(int, 0), default=1337, help="first seed of the random numbers")
     flag("--n_seeds", type=number(int, 1, 100), default=3, help="networks per point")
-    flag("--quick", action="store_true", help="1024 updates, one seed")
     return parser.parse_args(argv)
 
 
