@@ -531,7 +531,8 @@ def test_published_data_and_weights_are_pinned(tmp_path, bytes_as_bpe, monkeypat
     """A commit names them: what is downloaded tomorrow is what was downloaded today."""
     asked = []
 
-    def download(repo, revision, **_):
+    def download(repo, revision, allow_patterns):
+        assert allow_patterns == ["config.json", "*.safetensors"]  # of several formats
         asked.append((repo, revision))
         return tmp_path / "nowhere"
 
@@ -610,13 +611,18 @@ def test_exported_weights_give_transformers_the_same_logits(bias, tmp_path):
     assert torch.equal(mine(x), again.eval()(x))
 
 
-def test_a_run_is_exported_and_the_export_scores_the_same(small_data, tmp_path):
+def test_a_run_is_exported_and_the_export_scores_the_same(small_data, tmp_path, capsys):
     run(small_data, tmp_path / "a")
     best = min(r["val_loss"] for r in records(tmp_path / "a"))
     code, errors = run_script("export_hf", tmp_path / "hf", "--out_dir", tmp_path / "a", *CPU)
     assert code == 0, errors
     flags = ["--init_from", tmp_path / "hf", "--eval_only"]
-    assert run(small_data, tmp_path / "b", *flags)["val_loss"] == pytest.approx(best)
+    capsys.readouterr()
+    found = run(small_data, tmp_path / "b", *flags)
+    assert found == {"iter": 0, "val_loss": pytest.approx(best)}
+    assert capsys.readouterr().out == f"val_loss {best:.4f}\n\n"  # and no sample
+    again = run(small_data, tmp_path / "a", "--init_from", "resume", "--eval_only")
+    assert again == {"iter": 6, "val_loss": records(tmp_path / "a")[-1]["val_loss"]}
     assert not (tmp_path / "b").exists()  # --eval_only writes nothing
 
 
@@ -628,6 +634,16 @@ def test_sample_takes_the_sizes_from_the_checkpoint(small_data, tmp_path, bytes_
     flags += ["--prompt", f"FILE:{tmp_path / 'prompt.txt'}"]
     assert run_script("sample", *flags) == (0, "")
     assert capsys.readouterr().out.startswith("Good night")
+    best = torch.load(tmp_path / "best.pt", weights_only=True)["model"]
+    args = parse("--prompt", "Good night", "--max_new_tokens", 3)
+    model = step.make_model(args)
+    model.load_state_dict(best)
+    for source in ("scratch", "resume"):
+        assert run_script("sample", *flags, "--init_from", source) == (0, "")
+        assert capsys.readouterr().out == step.sample(args, model) + "\n"
+    load_script("export_hf").export_hf(args, model, tmp_path / "hf")
+    assert run_script("sample", *flags, "--init_from", tmp_path / "hf", "--block_size", 16)[0] == 0
+    assert capsys.readouterr().out == step.sample(args, model) + "\n"
     (tmp_path / "prompt.txt").write_text("")
     assert_one_line(run_script("sample", *flags), f"FILE:{tmp_path / 'prompt.txt'} is empty")
 
@@ -739,6 +755,21 @@ def test_questions_that_cannot_be_used(content, tmp_path, bytes_as_bpe):
     assert_one_line(run_script("hellaswag", tmp_path / "absent"), tmp_path / "absent")
     assert_one_line(run_script("hellaswag"), "usage", "hellaswag.py FILE")
     assert_one_line(run_script("hellaswag", "--device", "cpu"), "usage", "hellaswag.py FILE")
+
+
+def test_a_prompt_that_cannot_be_encoded_costs_no_training(tmp_path, bytes_as_bpe, monkeypatch):
+    (tmp_path / "openwebtext").mkdir()
+    for name in ("train", "val"):
+        np.arange(90, dtype=np.uint16).tofile(tmp_path / f"openwebtext/{name}.bin")
+    flags = ["--vocab_size", 90, "--max_iters", 1, "--prompt", "a"]
+    with pytest.raises(argparse.ArgumentTypeError, match="--prompt has token 97"):
+        run(tmp_path, tmp_path / "out", *flags, "--max_new_tokens", 1)
+    assert not (tmp_path / "out").exists()
+    run(tmp_path, tmp_path / "out", *flags)  # without samples it does not matter
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: 1 / 0)  # no network
+    step.load_bpe.cache_clear()
+    run(tmp_path, tmp_path / "out", *flags, "--max_new_tokens", 1, "--overwrite")
+    assert (tmp_path / "out/samples.txt").read_text().count(f"(no sample: {step.NO_BPE})") == 2
 
 
 def test_sampling_does_not_disturb_training(small_data, tmp_path, bytes_as_bpe):
