@@ -4,8 +4,7 @@ Parent:  14_resnet_gpu
 New:     list_images, decode, shrink, pack_images, random_crop, center_crop, crop, PackedImages,
          image_stats, worker_init, load_batches, conv, shortcut, BasicBlock, Bottleneck,
          compile_model, update_ema, write_file, save_checkpoint, read_checkpoint,
-         load_checkpoint, lock_folder, open_out_dir, truncate_logs, catch_signals,
-         count_micro_batches
+         load_checkpoint, lock_folder, open_out_dir, catch_signals, count_micro_batches
 Changed: load_data, minibatches, augment, ResNet, make_optimizer, schedule, evaluate, train,
          parse_args
 Gone:    Block, Clock, print_times
@@ -491,25 +490,24 @@ def lock_folder(folder):
         raise OSError(f"{folder}: another process is writing there") from error
 
 
-def open_out_dir(args, device):
-    """Lock out_dir and write args.json; checkpoints there are an error without --overwrite."""
+def open_out_dir(args, device, logs, log_sizes):
+    """Lock out_dir and write args.json; checkpoints there are an error without --overwrite.
+
+    Logs are cut to their sizes at the checkpoint: a resumed run writes the rest again.
+    """
     old = [] if args.init_from == "resume" else sorted(args.out_dir.glob("*.pt"))
     if old and not args.overwrite:
         raise OSError(f"--out_dir: {old[-1]} would be lost; add --init_from resume or --overwrite")
     lock_folder(args.out_dir)
     for path in old:
         path.unlink()
+    for log, size in zip(logs, log_sizes):
+        if log.exists() and log.stat().st_size > size:
+            os.truncate(log, size)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "device": name}
     text = json.dumps(vars(args) | versions, default=str)
     write_file(args.out_dir / "args.json", lambda file: file.write(text.encode()))
-
-
-def truncate_logs(logs, sizes):
-    """Cut log files to their sizes at the checkpoint: a resumed run writes the rest again."""
-    for log, size in zip(logs, sizes):
-        if log.exists() and log.stat().st_size > size:
-            os.truncate(log, size)
 
 
 def catch_signals(signals):
@@ -620,8 +618,7 @@ def train(args, signals=None):
         print("  ".join(f"{key} {value:.5g}" for key, value in record.items()))
         return record
     start -= state["seconds"]  # of the runs before this one
-    open_out_dir(args, device)
-    truncate_logs(logs, state["log_sizes"])
+    open_out_dir(args, device, logs, state["log_sizes"])
     batches = load_batches(args, train_set, minibatches(args, train_set, start_iter))
     loss_sum = torch.tensor(state["loss_sum"], device=device)
     waited, since, since_iter = 0.0, time.perf_counter(), start_iter

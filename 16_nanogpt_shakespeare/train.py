@@ -235,14 +235,13 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, params, momentum, weight_decay):
         defaults = {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(params, defaults)
+        for p in params:
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             params, lr, momentum = group["params"], group["lr"], group["momentum"]
-            for p in params:
-                if p not in self.state:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             grads = [p.grad for p in params]
             buffers = [self.state[p]["momentum_buffer"] for p in params]
             torch._foreach_lerp_(buffers, grads, 1 - momentum)
@@ -402,25 +401,24 @@ def lock_folder(folder):
         raise OSError(f"{folder}: another process is writing there") from error
 
 
-def open_out_dir(args, device):
-    """Lock out_dir and write args.json; checkpoints there are an error without --overwrite."""
+def open_out_dir(args, device, logs, log_sizes):
+    """Lock out_dir and write args.json; checkpoints there are an error without --overwrite.
+
+    Logs are cut to their sizes at the checkpoint: a resumed run writes the rest again.
+    """
     old = [] if args.init_from == "resume" else sorted(args.out_dir.glob("*.pt"))
     if old and not args.overwrite:
         raise OSError(f"--out_dir: {old[-1]} would be lost; add --init_from resume or --overwrite")
     lock_folder(args.out_dir)
     for path in old:
         path.unlink()
+    for log, size in zip(logs, log_sizes):
+        if log.exists() and log.stat().st_size > size:
+            os.truncate(log, size)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "device": name}
     text = json.dumps(vars(args) | versions, default=str)
     write_file(args.out_dir / "args.json", lambda file: file.write(text.encode()))
-
-
-def truncate_logs(logs, sizes):
-    """Cut log files to their sizes at the checkpoint: a resumed run writes the rest again."""
-    for log, size in zip(logs, sizes):
-        if log.exists() and log.stat().st_size > size:
-            os.truncate(log, size)
 
 
 def catch_signals(signals):
@@ -516,8 +514,7 @@ def train(args, signals=None):
         print(f"val_loss {record['val_loss']:.4f}\n{sample(args, model, vocab)}")
         return record
     start -= state["seconds"]  # of the runs before this one
-    open_out_dir(args, device)
-    truncate_logs(logs, state["log_sizes"])
+    open_out_dir(args, device, logs, state["log_sizes"])
     loss_sum = torch.tensor(state["loss_sum"], device=device)
     since, since_iter = time.perf_counter(), start_iter
     if signals is not None:

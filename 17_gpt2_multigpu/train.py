@@ -1,9 +1,10 @@
 """Step 17: GPT-2 124M on OpenWebText, on one GPU or on many machines.
 
 Parent:  16_nanogpt_shakespeare
-New:     load_bpe, map_tokens, Shards, check_ids, to_device, flops_per_token, transpose_conv1d,
-         make_model, all_sum, gather_full, reshard_like, join_processes, count_micro_batches,
-         parallelize, average_gradients, measure_speed
+New:     load_bpe, map_tokens, Shards, check_ids, read_batch, to_device, flops_per_token,
+         transpose_conv1d, make_model, all_sum, gather_full, reshard_like, join_processes,
+         count_micro_batches, parallelize, measure_speed, resume_if_restarted,
+         accumulate_gradients, should_skip
 Changed: encode, load_data, minibatches, CausalSelfAttention, MLP, evaluate, sample,
          save_checkpoint, load_checkpoint, setup_device, autocast, train, parse_args
 Gone:    read_text
@@ -158,19 +159,27 @@ def minibatches(args, tokens, iter_num, device):
     """
     n_blocks = len(tokens) // args.block_size - 1  # one less: every epoch has another offset
     p = iter_num * args.total_batch_tokens // args.block_size + args.rank * args.batch_size
-    chunks = np.empty((args.batch_size, args.block_size + 1), dtype=np.int64)  # (B, T + 1)
     epoch = None
     while True:
-        for row in range(args.batch_size):
-            if (p + row) // n_blocks != epoch:
-                epoch = (p + row) // n_blocks
+        starts = []
+        for i in range(p, p + args.batch_size):
+            if i // n_blocks != epoch:
+                epoch = i // n_blocks
                 rng = np.random.default_rng([args.seed, epoch])
                 offset, order = rng.integers(args.block_size), rng.permutation(n_blocks)
-            start = offset + order[(p + row) % n_blocks] * args.block_size
-            chunks[row] = tokens[start : start + args.block_size + 1]
-        check_ids(args, chunks, "train.bin")
-        yield to_device(chunks[:, :-1], device), to_device(chunks[:, 1:], device)
+            starts.append(offset + order[i % n_blocks] * args.block_size)
+        yield read_batch(args, tokens, starts, device, "train.bin")
         p += args.world_size * args.batch_size
+
+
+def read_batch(args, tokens, starts, device, name):
+    """Return the sequences that begin at starts as x, y (B, T); beyond the end, y is -100."""
+    chunks = np.full((len(starts), args.block_size + 1), -100)  # cross_entropy's ignore_index
+    for chunk, start in zip(chunks, starts):
+        sequence = tokens[start : start + args.block_size + 1]
+        chunk[: len(sequence)] = sequence
+    check_ids(args, chunks, name)
+    return to_device(chunks[:, :-1].clip(0), device), to_device(chunks[:, 1:], device)
 
 
 def to_device(ids, device):
@@ -370,14 +379,13 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, params, momentum, weight_decay):
         defaults = {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(params, defaults)
+        for p in params:
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             params, lr, momentum = group["params"], group["lr"], group["momentum"]
-            for p in params:
-                if p not in self.state:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             grads = [p.grad for p in params]
             buffers = [self.state[p]["momentum_buffer"] for p in params]
             torch._foreach_lerp_(buffers, grads, 1 - momentum)
@@ -418,8 +426,7 @@ def schedule(args, iter_num):
 # ---------- evaluation ----------
 def all_sum(values, device):
     """Return numbers summed over the processes, in float64; this waits for the device."""
-    values = [torch.as_tensor(value, dtype=torch.float64, device=device) for value in values]
-    total = torch.stack(values)
+    total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values])
     if dist.is_initialized():
         dist.all_reduce(total)
     return total.tolist()
@@ -432,18 +439,11 @@ def evaluate(args, model, ids, batch_loss, device):
     The windows do not overlap: each token but the first is predicted once.
     """
     model.eval()  # no dropout
-    n = len(ids) - 1
-    rows = args.batch_size * args.world_size
+    n, batch_tokens = len(ids) - 1, args.batch_size * args.block_size
     loss = torch.zeros((), dtype=torch.float64, device=device)
-    for first in range(0, n, rows * args.block_size):
-        # -100 is cross_entropy's ignore_index: it fills up the last batch.
-        chunks = np.full((args.batch_size, args.block_size + 1), -100)  # (B, T + 1)
-        for row in range(args.batch_size):
-            start = first + (args.rank * args.batch_size + row) * args.block_size
-            chunk = ids[start : start + args.block_size + 1]
-            chunks[row, : len(chunk)] = chunk
-        check_ids(args, chunks, "val.bin")
-        x, y = to_device(chunks[:, :-1].clip(0), device), to_device(chunks[:, 1:], device)
+    for first in range(0, n, args.world_size * batch_tokens):
+        starts = first + args.rank * batch_tokens + np.arange(0, batch_tokens, args.block_size)
+        x, y = read_batch(args, ids, starts, device, "val.bin")
         with autocast(args):
             loss += batch_loss(x, y, reduction="sum")
     model.train()
@@ -540,16 +540,14 @@ def save_checkpoint(args, paths, parts, state):
     Random number generators need not be saved: train seeds them anew in every iteration.
     """
     checkpoint = {name: gather_full(part.state_dict()) for name, part in parts.items()}
-    checkpoint |= {"state": state}
-    for path in paths if args.rank == 0 else []:
-        if path == paths[0]:
-            write_file(path, functools.partial(torch.save, checkpoint))
-        else:  # another name of the same file
-            temporary = path.with_name("unfinished.tmp")
-            temporary.unlink(missing_ok=True)
-            os.link(paths[0], temporary)
-            os.replace(temporary, path)
-    if args.rank == 0 and args.keep:
+    if args.rank > 0:
+        return
+    write_file(paths[0], functools.partial(torch.save, checkpoint | {"state": state}))
+    for path in paths[1:]:  # other names of the same file
+        temporary = path.with_name("unfinished.tmp")
+        os.link(paths[0], temporary)
+        os.replace(temporary, path)
+    if args.keep:
         for path in sorted(args.out_dir.glob("iter_*.pt"))[: -args.keep]:
             path.unlink()
 
@@ -575,9 +573,7 @@ def load_checkpoint(path, parts, template):
             saved = checkpoint[name]
             if isinstance(part, nn.Module):
                 own = part.state_dict()
-                if saved.keys() != own.keys():
-                    raise ValueError(f"only one of them has {min(saved.keys() ^ own.keys())}")
-                saved = {k: reshard_like(saved[k], old) for k, old in own.items()}
+                saved = {k: reshard_like(v, own[k]) for k, v in saved.items()}
             elif isinstance(part, torch.optim.Optimizer):
                 params = [p for group in part.param_groups for p in group["params"]]
                 for i, averages in saved["state"].items():
@@ -600,25 +596,24 @@ def lock_folder(folder):
         raise OSError(f"{folder}: another process is writing there") from error
 
 
-def open_out_dir(args, device):
-    """Lock out_dir and write args.json; checkpoints there are an error without --overwrite."""
+def open_out_dir(args, device, logs, log_sizes):
+    """Lock out_dir and write args.json; checkpoints there are an error without --overwrite.
+
+    Logs are cut to their sizes at the checkpoint: a resumed run writes the rest again.
+    """
     old = [] if args.init_from == "resume" else sorted(args.out_dir.glob("*.pt"))
     if old and not args.overwrite:
         raise OSError(f"--out_dir: {old[-1]} would be lost; add --init_from resume or --overwrite")
     lock_folder(args.out_dir)
     for path in old:
         path.unlink()
+    for log, size in zip(logs, log_sizes):
+        if log.exists() and log.stat().st_size > size:
+            os.truncate(log, size)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "device": name}
     text = json.dumps(vars(args) | versions, default=str)
     write_file(args.out_dir / "args.json", lambda file: file.write(text.encode()))
-
-
-def truncate_logs(logs, sizes):
-    """Cut log files to their sizes at the checkpoint: a resumed run writes the rest again."""
-    for log, size in zip(logs, sizes):
-        if log.exists() and log.stat().st_size > size:
-            os.truncate(log, size)
 
 
 def catch_signals(signals):
@@ -643,9 +638,9 @@ def join_processes(backend):
     torchrun's store of addresses outlives a restart, with those of dead processes in it. So the
     first process opens a new store, and the others try its port until they reach it.
     """
-    rank, world_size, host = (os.environ[key] for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
-    old_store, store = next(dist.rendezvous("env://"))[0], None
-    if rank == "0":
+    old_store, rank, world_size = next(dist.rendezvous("env://"))
+    host, store = os.environ["MASTER_ADDR"], None
+    if rank == 0:
         store = dist.TCPStore(host, 0, is_master=True)
         old_store.set("port", str(store.port))
     deadline = time.monotonic() + 300
@@ -658,15 +653,12 @@ def join_processes(backend):
             if time.monotonic() > deadline:
                 raise OSError(f"the first process, at {host}:{port}: {error}") from error
             time.sleep(0.1)
-    dist.init_process_group(backend, store=store, rank=int(rank), world_size=int(world_size))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
 
 def setup_device(args):
-    """Join the other processes; return the torch.device; replace "auto" in device and dtype."""
-    has_gpu = torch.cuda.is_available()
-    if args.device == "auto":
-        args.device = "cuda" if has_gpu else "cpu"
-    if args.device == "cuda" and not has_gpu:
+    """Join the other processes; return the torch.device; replace "auto" in args.dtype."""
+    if args.device == "cuda" and not torch.cuda.is_available():
         raise argparse.ArgumentTypeError("--device cuda: torch finds no GPU here; use --device cpu")
     device = torch.device(args.device)
     if args.device == "cuda":
@@ -737,14 +729,6 @@ def parallelize(args, model, device):
     return model
 
 
-def average_gradients(forward, on):
-    """Let the next backward pass average the gradients over the processes, or not (on: a bool)."""
-    if isinstance(forward, FSDPModule):
-        forward.set_requires_gradient_sync(on)
-    elif isinstance(forward, DistributedDataParallel):
-        forward.require_backward_grad_sync = on  # has to be set before the forward pass
-
-
 # Dense bfloat16 TFLOP/s (V100, T4: float16), from NVIDIA's data sheets; the first match counts.
 PEAK_TFLOPS = {"B200": 2250, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989}
 PEAK_TFLOPS |= {"GH200": 989, "A100": 312, "L40S": 362, "L4": 121, "V100": 125, "T4": 65}
@@ -786,6 +770,61 @@ def log_sample(args, record, text):
     tqdm.write(f"{text}\n")
 
 
+def resume_if_restarted(args, last, device):
+    """Set args.init_from to resume if torchrun or Slurm has restarted the job that wrote last.
+
+    Each machine counts its own restarts only, so the processes decide together. The id of the job
+    is in args.json: the checkpoint of another job is never resumed unasked.
+    """
+    args.job = os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("SLURM_JOB_ID") or ""
+    old_args = args.out_dir / "args.json"
+    is_own = old_args.is_file() and f'"job": {json.dumps(args.job)}' in old_args.read_text()
+    counts = [os.environ.get(f"{who}_RESTART_COUNT", "0") for who in ("TORCHELASTIC", "SLURM")]
+    is_restarted = is_own and any(count not in ("", "0") for count in counts)
+    n_restarted, n_found = all_sum([is_restarted, last.is_file()], device)
+    if 0 < n_found < args.world_size:
+        problem = f"only {n_found:g} of {args.world_size} processes find {last}"
+        raise argparse.ArgumentTypeError(f"--out_dir must be shared: {problem}")
+    if n_restarted and n_found:
+        args.init_from = "resume"
+
+
+def accumulate_gradients(args, forward, batch_loss, scaler, batch, batches):
+    """Add up the gradients of an update's micro-batches; return its loss and the next micro-batch.
+
+    The processes average their gradients once, in the last backward pass.
+    """
+    loss = torch.zeros((), device=batch[0].device)
+    for i in range(args.n_micro_batches):
+        is_last = i == args.n_micro_batches - 1
+        if isinstance(forward, FSDPModule):
+            forward.set_requires_gradient_sync(is_last)
+        elif isinstance(forward, DistributedDataParallel):
+            forward.require_backward_grad_sync = is_last  # has to be set before the forward pass
+        with autocast(args):
+            micro_loss = batch_loss(*batch) / args.n_micro_batches
+        batch = next(batches)  # while the GPU computes
+        scaler.scale(micro_loss).backward()
+        loss += micro_loss.detach()
+    return loss, batch
+
+
+def should_skip(args, iter_num, loss, grad_norm, losses):
+    """Return whether to skip an update, after a loss spike or with an infinite gradient; say so.
+
+    A spike is more than --skip_zscore standard deviations above the mean of the last 100 losses.
+    """
+    if not math.isfinite(loss):
+        problem = f"the loss is no longer finite at iteration {iter_num}"
+        raise FloatingPointError(f"{problem}: lower --learning_rate {args.learning_rate}")
+    z = (loss - np.mean(losses)) / (np.std(losses) + 1e-9) if len(losses) == 100 else 0.0
+    skip = z > args.skip_zscore > 0 or not math.isfinite(grad_norm)
+    if skip and args.rank == 0:
+        problem = f"loss {loss:.4f}, z-score {z:.1f}, gradient norm {grad_norm:.3g}"
+        tqdm.write(f"update {iter_num} skipped: {problem}")
+    return skip
+
+
 def train(args, signals=None):
     """Run the whole step; return the last record of metrics.jsonl.
 
@@ -794,7 +833,7 @@ def train(args, signals=None):
     start, parent = time.perf_counter(), os.getppid()
     device = setup_device(args)
     is_main_process = args.rank == 0  # the one that prints and writes
-    n_micro_batches = count_micro_batches(args)
+    args.n_micro_batches = count_micro_batches(args)
     torch.manual_seed(args.seed)
     model = make_model(args)
     train_ids, val_ids = load_data(args)
@@ -812,21 +851,10 @@ def train(args, signals=None):
     scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "float16")
     parts = {"model": model, **optimizers, "scaler": scaler}
     state = {"iter_num": 0, "seconds": 0.0, "losses": [], "best": math.inf, "record": {}}
-    state["log_sizes"] = []
+    state |= {"log_sizes": []}
     last, best = args.out_dir / "last.pt", args.out_dir / "best.pt"
     logs = [args.out_dir / "metrics.jsonl", args.out_dir / "samples.txt"]
-    # A job that torchrun or Slurm has restarted resumes its own run, all processes or none.
-    args.job = os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("SLURM_JOB_ID") or ""
-    old_args = args.out_dir / "args.json"
-    is_own = old_args.is_file() and json.dumps({"job": args.job})[1:-1] in old_args.read_text()
-    counts = (os.environ.get(f"{who}_RESTART_COUNT") for who in ("TORCHELASTIC", "SLURM"))
-    n_restarts = sum(n not in (None, "", "0") for n in counts) * is_own
-    n_restarts, n_found = all_sum([n_restarts, last.is_file()], device)
-    if 0 < n_found < args.world_size:
-        problem = f"only {n_found:g} of {args.world_size} processes find {last}"
-        raise argparse.ArgumentTypeError(f"--out_dir must be shared: {problem}")
-    if n_restarts and n_found:
-        args.init_from = "resume"
+    resume_if_restarted(args, last, device)
     if args.init_from == "resume":
         state = load_checkpoint(last, parts, state)
     sizes = ("block_size", "n_layer", "n_head", "n_embd", "bias", "vocab_size")
@@ -841,13 +869,12 @@ def train(args, signals=None):
     start -= state["seconds"]  # of the runs before this one
     if is_main_process:
         print(f"{n_params:,} parameters, {args.world_size} processes, {args.device}, {args.dtype}")
-        print(f"micro-batches per process and update: {n_micro_batches}")
-        open_out_dir(args, device)
-        truncate_logs(logs, state["log_sizes"])
+        print(f"micro-batches per process and update: {args.n_micro_batches}")
+        open_out_dir(args, device, logs, state["log_sizes"])
     batches = minibatches(args, train_ids, start_iter, device)
-    x, y = next(batches)
+    batch = next(batches)
     since, since_iter, speed = time.perf_counter(), start_iter, {}
-    stop_requested, save_due, last_saved = False, False, time.perf_counter()
+    stop_requested = save_due = False
     if signals is not None:
         catch_signals(signals)
 
@@ -855,16 +882,10 @@ def train(args, signals=None):
     disable = None if is_main_process else True  # None: shown on a terminal
     bar = tqdm(iters, total=args.max_iters, initial=start_iter, disable=disable)
     for iter_num in bar:
-        eval_due = iter_num % args.eval_interval == 0 or iter_num == args.max_iters
         state |= {"iter_num": iter_num, "seconds": time.perf_counter() - start}
-        if stop_requested or save_due:
-            save_checkpoint(args, [last], parts, state)
-            last_saved = time.perf_counter()
-        if stop_requested:
-            if is_main_process:
-                print(f"stopped at iteration {iter_num}; --init_from resume continues from {last}")
-            break
-        if eval_due and iter_num != record.get("iter"):
+        eval_due = iter_num % args.eval_interval == 0 or iter_num == args.max_iters
+        paths = [last] if stop_requested or save_due else []  # of the checkpoints to write
+        if eval_due and iter_num != record.get("iter") and not stop_requested:
             record = {"iter": iter_num, "seconds": 0.0, "learning_rate": schedule(args, iter_num)}
             if losses:  # of the last 100 updates
                 record |= {"train_loss": sum(losses) / len(losses), **speed}
@@ -876,44 +897,31 @@ def train(args, signals=None):
                 log_sample(args, record, text)
                 state["log_sizes"] = [log.stat().st_size for log in logs]
                 plot_run(args.out_dir)
-            paths = [best] * (record["val_loss"] < state["best"])
-            paths += [args.out_dir / f"iter_{iter_num:08d}.pt"] * (args.keep > 0) + [last]
-            state |= {"record": record, "best": min(record["val_loss"], state["best"])}
+            state |= {"record": record, "seconds": record["seconds"]}
+            paths = [args.out_dir / f"iter_{iter_num:08d}.pt", last] if args.keep else [last]
+            if record["val_loss"] < state["best"]:
+                state["best"] = record["val_loss"]
+                paths.insert(0, best)
+        if paths:
             save_checkpoint(args, paths, parts, state)
-            last_saved = time.perf_counter()
             since, since_iter = time.perf_counter(), iter_num
-        if iter_num == args.max_iters:
+        if stop_requested and is_main_process:
+            print(f"stopped at iteration {iter_num}; --init_from resume continues from {last}")
+        if stop_requested or iter_num == args.max_iters:
             break
 
         # For dropout: each process has its own random numbers, a resumed run the same again.
         torch.manual_seed(args.seed * 1_000_003 + iter_num * args.world_size + args.rank)
-        loss = torch.zeros((), device=device)
-        for i in range(n_micro_batches):
-            average_gradients(forward, i == n_micro_batches - 1)
-            with autocast(args):
-                micro_loss = batch_loss(x, y) / n_micro_batches
-            x, y = next(batches)  # while the GPU computes
-            scaler.scale(micro_loss).backward()
-            loss += micro_loss.detach()
+        loss, batch = accumulate_gradients(args, forward, batch_loss, scaler, batch, batches)
         for optimizer in optimizers.values():
             scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
         orphaned = dist.is_initialized() and os.getppid() != parent  # torchrun was killed
         # One all-reduce and one wait for the GPU per update.
-        flags = [bool(signals) or orphaned, time.perf_counter() - last_saved > SAVE_SECONDS]
+        flags = [bool(signals) or orphaned, time.perf_counter() - since > SAVE_SECONDS]
         totals = all_sum([loss, gather_full(grad_norm), *flags], device)
         loss, grad_norm, stop_requested, save_due = (total / args.world_size for total in totals)
-        if not math.isfinite(loss):
-            problem = f"the loss is no longer finite at iteration {iter_num}"
-            raise FloatingPointError(f"{problem}: lower --learning_rate {args.learning_rate}")
-        shown = {key: f"{value:.4g}" for key, value in speed.items()}
-        bar.set_postfix(loss=f"{loss:.4f}", **shown, refresh=False)
-        # A loss far above the last 100, a spike, gets no update; nor does an infinite gradient.
-        z = (loss - np.mean(losses)) / (np.std(losses) + 1e-9) if len(losses) == 100 else 0.0
-        skip = z > args.skip_zscore > 0 or not math.isfinite(grad_norm)
-        if skip and is_main_process:
-            problem = f"loss {loss:.4f}, z-score {z:.1f}, gradient norm {grad_norm:.3g}"
-            tqdm.write(f"update {iter_num} skipped: {problem}")
+        skip = should_skip(args, iter_num, loss, grad_norm, losses)
         for optimizer in optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = schedule(args, iter_num)
@@ -926,6 +934,8 @@ def train(args, signals=None):
         speed = measure_speed(args, tokens, time.perf_counter() - since, device)
         if iter_num == start_iter:  # its time includes compilation
             since, since_iter = time.perf_counter(), iter_num + 1
+        shown = {key: f"{value:.4g}" for key, value in speed.items()}
+        bar.set_postfix(loss=f"{loss:.4f}", **shown, refresh=False)
 
     if is_main_process and record.get("iter", -1) >= args.max_iters:
         print(f"val_loss {record['val_loss']:.4f} after {record['seconds']:.0f} s")

@@ -1292,8 +1292,8 @@ BUGS = [
     Bug(
         step="17_gpt2_multigpu",
         name="accumulated gradients that are not scaled",
-        original="                micro_loss = batch_loss(x, y) / n_micro_batches",
-        planted="                micro_loss = batch_loss(x, y)",
+        original="            micro_loss = batch_loss(*batch) / args.n_micro_batches",
+        planted="            micro_loss = batch_loss(*batch)",
         flags="",
         symptom="The loss in the progress bar is far above that of the evaluation, by a factor"
         " that depends on --batch_size. Halving --batch_size, which should only save"
