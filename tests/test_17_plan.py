@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import io
+import re
 import sys
 
 import pytest
@@ -192,11 +193,52 @@ def test_fsdp_keeps_shards_unless_it_accumulates():
 
 
 def test_the_table_shows_the_numbers():
+    """Every row of it, read back, against the plan."""
+    flags = ["--model", "gpt2-xl", "--mfu", 0.5, "--price", 3, "--network", 50, "--disk", 2]
     with contextlib.redirect_stdout(io.StringIO()) as text, imports_of_the_step():
-        assert run_main(STEP, "--model", "gpt2-xl", "--mfu", 0.5, script="plan.py") == (0, "")
-    table = text.getvalue()
-    for word in ("1,557,", "hours at 50% MFU", "DDP", "FSDP", "optimizer states", "Hoffmann"):
-        assert word in table
+        assert run_main(STEP, *flags, script="plan.py") == (0, "")
+    found = plan(*flags)
+    memory, sent, seconds = found["memory"], found["sent"], found["sent_seconds"]
+    tokens, n_params, best = 300e9, found["parameters"], found["optimal"]
+    law = script.CHINCHILLA
+    expected = [
+        ("parameters", [n_params]),
+        ("tokens", [tokens]),
+        ("tokens per parameter", [tokens / n_params]),
+        ("FLOPs", [found["flops"]]),
+        ("updates", [tokens / 491_520]),
+        ("micro-batches per update", [found["micro_batches"]]),
+        ("hours at 50% MFU", [found["hours"]]),
+        ("tokens per second", [tokens / found["hours"] / 3600]),
+        ("seconds per update", [found["hours"] * 3600 / (tokens / 491_520)]),
+        ("cost at $3 per GPU and hour", [found["hours"] * 8 * 3]),
+        ("checkpoint", [found["checkpoint"] / 1e9]),
+        ("written at 2 GB/s in", [found["checkpoint"] / 2e9]),
+        *((part, [memory[key][part] / 2**30 for key in memory]) for part in memory["ddp"]),
+        ("memory in all", [sum(parts.values()) / 2**30 for parts in memory.values()]),
+        ("sent per update", [n / 1e9 for n in sent.values()]),
+        ("seconds at 50 GB/s", [n / 50e9 for n in sent.values()]),
+        (
+            "the same, share of an update",
+            [100 * s / found["update_seconds"] for s in seconds.values()],
+        ),
+        ("loss, nats per token", [*found["loss"].values()]),
+        ("best for these FLOPs: parameters", [n for n, _ in best.values()]),
+        ("tokens", [n for _, n in best.values()]),
+        ("loss", [script.predict_loss(law[who], *best[who]) for who in best]),
+    ]
+    lines = text.getvalue().splitlines()
+    headings = ("GPT with", "per GPU", "(it overlaps", "predicted by")
+    rows = [line for line in lines if line and not line.startswith(headings)]
+    rows = [(line[:32].strip(), re.findall(r"\d[\d.,e+]*", line[32:])) for line in rows]
+    rows = [(name, [float(cell.replace(",", "")) for cell in cells]) for name, cells in rows]
+    assert [name for name, _ in rows] == [name for name, _ in expected]
+    for (name, cells), (_, values) in zip(rows, expected):
+        assert cells == pytest.approx(values, rel=0.02), name
+    sizes = "48 layers of 1600, 1024 tokens of context, on 8 GPUs of 989 TFLOP/s"
+    assert lines[0] == f"GPT with {sizes}"
+    for words in ("per GPU DDP FSDP", f"predicted by the fit of {' '.join(law)}"):
+        assert words in [" ".join(line.split()) for line in lines]
 
 
 @pytest.mark.parametrize(
