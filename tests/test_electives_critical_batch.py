@@ -361,8 +361,6 @@ def search(standins, tmp_path, monkeypatch):
     made = []
 
     def updates_to_target(args, train_set, train_eval, batch_size, learning_rate, seed, limit):
-        if len(made) == search.interrupted_at:
-            raise KeyboardInterrupt
         made.append((batch_size, learning_rate, seed, limit))
         return min(TABLE[batch_size, learning_rate][seed - 1337], limit)
 
@@ -372,7 +370,6 @@ def search(standins, tmp_path, monkeypatch):
         args = tiny_args(standins, tmp_path, *grid.split(), *flags)
         return cb.search(args, None, None)
 
-    search.interrupted_at = None
     monkeypatch.setattr(cb, "updates_to_target", updates_to_target)
     return search, made
 
@@ -394,40 +391,6 @@ def test_every_batch_size_has_the_learning_rate_with_the_fewest_updates(search):
         (64, 0.4, 1337, 61),
         (64, 0.4, 1338, 41),
     ]
-
-
-def test_an_interrupted_search_goes_on_where_it_was(search, tmp_path):
-    search, made = search
-    expected, runs = search(), list(made)
-    finished = (tmp_path / "runs.json").read_bytes()
-    assert search() == expected and not made  # all are read
-    assert (tmp_path / "runs.json").read_bytes() == finished
-    for n in range(len(runs)):
-        (tmp_path / "runs.json").unlink()
-        search.interrupted_at = n
-        with pytest.raises(KeyboardInterrupt):
-            search()
-        assert made == runs[:n]
-        search.interrupted_at = None
-        assert search() == expected
-        assert made == runs[n:]
-    assert [path.name for path in tmp_path.iterdir()] == ["runs.json"]
-
-
-def test_a_run_of_other_settings_is_not_read(search, tmp_path, monkeypatch):
-    search, made = search
-    search()
-    search("--target", "0.3")
-    assert len(made) == 12
-    search("--batch_sizes", "64", "16")
-    assert not made  # but those of the same, in another order, are
-    search("--data_dir", str(tmp_path))
-    assert len(made) == 12
-    edited = tmp_path / "edited.py"
-    edited.write_text("another model")
-    monkeypatch.setattr(cb, "__file__", str(edited))
-    search()
-    assert len(made) == 12
 
 
 # ---------- the whole run ----------

@@ -5,20 +5,19 @@ New:     gradient, noise_moments, updates_to_target, fit_trade, save_trade, sear
 Changed: minibatches, ConvNet, log_metrics, train, parse_args
 Gone:    augment, OptaxOptimizer
 
-The gradient of a minibatch is the full gradient G plus noise, of covariance Sigma / batch_size.
-While noise dominates, twice the examples allow nearly twice the progress per update; once it is
-small, more examples are wasted. The border should be near the simple noise scale,
-tr(Sigma) / |G|^2, which two batch sizes reveal during training (loss.png). Is it? For every batch
-size, and the best of several learning rates for it, we count the updates S and the examples E that
-plain SGD needs to a target loss, and fit the trade between them (trade.png):
+The gradient of a minibatch is the full gradient G plus noise of covariance Sigma / batch_size.
+While the noise dominates, twice the batch size allows nearly twice the progress per update; once
+the noise is small, more examples are wasted. The simple noise scale, tr(Sigma) / |G|^2, predicts
+where this changes; it is estimated in training from the gradients of two batch sizes (loss.png). Is
+it right? For every batch size, with the best of several learning rates, we count the updates S and
+examples E that plain SGD takes to reach a target loss, and fit the trade-off of both (trade.png):
 
     (S / S_min - 1) (E / E_min - 1) = 1        critical batch size = E_min / S_min
 
-At the critical batch size, training takes twice the fewest updates and twice the fewest examples.
-In the default run it is 73, and the noise scale is 197 on average up to the target (197 to 318 with
-five seeds): the same order of magnitude, no more. Both grow as the loss falls, and where the loss
-spikes, the noise scale falls back.
-Finished runs to the target are kept in out/runs.json, where an interrupted search goes on.
+At the critical batch size, training takes twice the least updates, S_min, and twice the least
+examples, E_min. In the default run it is 73, and the noise scale up to the target is 197 on average
+(197 to 318 with five seeds): the same order of magnitude, no more. The noise scale grows as the
+loss falls, and drops again where the loss spikes.
 
 Try:     --n_seeds 1 (a quick look), --target 0.1 (does the critical batch size grow as well?)
 Source:  McCandlish et al. 2018, "An empirical model of large-batch training".
@@ -33,7 +32,6 @@ if __name__ == "__main__":  # Ctrl-C ends the run with exit code 130, also durin
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads soon leave the core to others
 
 import argparse
-import hashlib
 import json
 import math
 import time
@@ -74,8 +72,8 @@ def load_data(args):
 
 
 def minibatches(dataset, batch_size):
-    """Yield minibatches (x, y) forever, each drawn anew from all examples, with replacement."""
-    while True:  # so the examples of a minibatch are independent, and their errors average out
+    """Yield minibatches (x, y) forever, each sampled from all examples, with replacement."""
+    while True:  # independent examples: the covariance of their mean is exactly Sigma / batch_size
         yield dataset[torch.randint(len(dataset), (batch_size,))]
 
 
@@ -85,7 +83,7 @@ class ConvNet(nn.Module):
 
     def __init__(self, n_classes):
         super().__init__()
-        # A stride of 2 in place of pooling, and half the channels: hundreds of runs must be fast.
+        # A stride of 2 instead of pooling, and half the channels: the many runs must be fast.
         self.conv_1 = nn.Conv2d(1, 8, 5, padding=2, stride=2)
         self.conv_2 = nn.Conv2d(8, 16, 5, padding=2, stride=2)
         self.hidden = nn.Linear(16 * 7 * 7, 64)
@@ -125,27 +123,27 @@ def noise_moments(small, big, n_small, n_big):
 
     small and big are squared norms of the gradients of n_small and of n_big examples.
     """
-    # The mean of n gradients with mean G and covariance Sigma has E|g|^2 = |G|^2 + tr(Sigma) / n.
-    # Known for two n, these are two equations with two unknowns.
+    # The mean g of n gradients with mean G and covariance Sigma has E|g|^2 = |G|^2 + tr(Sigma) / n.
+    # For two values of n, these are two linear equations in two unknowns.
     trace = (small - big) / (1 / n_small - 1 / n_big)
     return torch.stack([trace, (n_big * big - n_small * small) / (n_big - n_small)])
 
 
 def fit_trade(updates):
-    """Return S_min and E_min of {batch size B: updates S to the target}, if these show a trade."""
+    """Return S_min and E_min, fitted to {batch size B: updates S to the target}."""
     # With E = B S, (S / S_min - 1) (E / E_min - 1) = 1 is the same as S = S_min + E_min / B. This
-    # is linear in both, and divided by S, least squares minimize the relative errors.
+    # is linear in S_min and E_min; divided by S, least squares minimizes relative errors.
     B, S = torch.tensor([*updates.items()], dtype=torch.float64).T
     A = torch.stack([1 / S, 1 / (B * S)], dim=1)
     s_min, e_min = torch.linalg.lstsq(A, torch.ones_like(S)[:, None]).solution.flatten().tolist()
     if min(s_min, e_min) < 1:
-        problem = f"--target, --batch_sizes: no trade between updates and examples in {updates}"
+        problem = f"--target, --batch_sizes: no trade-off of updates and examples in {updates}"
         raise argparse.ArgumentTypeError(f"{problem}; lower the target, or choose other sizes")
     return s_min, e_min
 
 
 def save_trade(updates, s_min, e_min, path):
-    """Draw updates against examples to the target into the PNG file path, and the fit."""
+    """Draw examples to the target against updates, and the fit, into the PNG file path."""
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     axis = figure.subplots()
     for batch_size, n_updates in updates.items():
@@ -186,7 +184,7 @@ def updates_to_target(args, train_set, train_eval, batch_size, learning_rate, se
     batches = minibatches(train_set, batch_size)
     model = ConvNet(10)
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
-    interval = max(1, 256 // batch_size)  # updates between evaluations, which also take time
+    interval = max(1, 256 // batch_size)  # updates per evaluation, which takes time, too
     for n_updates in range(1, limit):
         x, y = next(batches)
         loss = F.cross_entropy(model(x), y)
@@ -205,12 +203,8 @@ def updates_to_target(args, train_set, train_eval, batch_size, learning_rate, se
 def search(args, train_set, train_eval):
     """Return {batch size: updates to the target, mean over seeds} and {batch size: learning rate}.
 
-    The learning rate is the one of --learning_rates with the fewest updates. Finished runs are kept
-    in runs.json, under all that determines a run: an interrupted search goes on where it was.
+    The learning rate is the one of --learning_rates with the fewest updates.
     """
-    path = args.out_dir / "runs.json"
-    finished = json.loads(path.read_text()) if path.exists() else {}
-    code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]  # a changed model runs anew
     fewest, learning_rates = {}, {}
     bar = tqdm([*product(args.batch_sizes, args.learning_rates)], disable=None)
     for batch_size, learning_rate in bar:
@@ -218,13 +212,7 @@ def search(args, train_set, train_eval):
         total, limit = 0, fewest.get(batch_size, args.n_seeds * args.max_updates)
         for seed in range(args.seed, args.seed + args.n_seeds):
             run = (batch_size, learning_rate, seed, limit - total)
-            key = f"{run} {args.target} {args.data_dir} {code}"
-            if key not in finished:
-                finished[key] = updates_to_target(args, train_set, train_eval, *run)
-                temporary = path.with_suffix(".tmp")
-                temporary.write_text(json.dumps(finished, indent=0))
-                temporary.replace(path)  # renamed when whole
-            total += finished[key]
+            total += updates_to_target(args, train_set, train_eval, *run)
         if total < limit:
             fewest[batch_size], learning_rates[batch_size] = total, learning_rate
         result = f"{total / args.n_seeds:.1f} updates" if total < limit else "given up"
@@ -249,8 +237,8 @@ def train(args):
     s_min, e_min = fit_trade(updates)
     save_trade(updates, s_min, e_min, args.out_dir / "trade.png")
 
-    # The mean noise scale over the updates to the target predicts the critical batch size, if every
-    # update makes the same progress: so measure it where noise disturbs them least.
+    # The critical batch size should be the noise scale's mean over the updates to the target of a
+    # run with little noise (McCandlish et al.): hence the largest batch size.
     torch.manual_seed(args.seed)
     batch_size = max(args.batch_sizes)
     batches = minibatches(train_set, batch_size // 2)
@@ -263,7 +251,7 @@ def train(args):
             record |= {"target": args.target, "critical_batch": e_min / s_min}
             record |= evaluate(model, train_eval, "train") | evaluate(model, test_set, "test")
             if moments:
-                # The ratio of unbiased estimates is biased, the less the more are averaged first.
+                # A ratio of unbiased estimates is biased; averaging them first lowers the bias.
                 trace, squared_norm = torch.stack(moments).mean(dim=0).tolist()
                 record["noise_scale"] = trace / squared_norm
                 if not reached:
@@ -275,7 +263,7 @@ def train(args):
             if iter_num == args.max_iters:
                 break  # the last pass only evaluates
 
-        # Two minibatches of half the size: their mean gradient is that of one of the whole size.
+        # The mean gradient of two minibatches of half the size is that of one of the full size.
         halves = torch.stack([gradient(model, *next(batches)) for _ in range(2)])  # (2, P)
         grad = halves.mean(dim=0)  # (P,)
         small, big = halves.square().sum(dim=1).mean(), grad.square().sum()
@@ -317,10 +305,10 @@ def parse_args(argv=None):
     sizes = [16, 32, 64, 128, 256, 512, 1024, 2048]
     flag("--batch_sizes", type=number(int, 2), nargs="+", default=sizes, help="two or more")
     flag = parser.add_argument_group("optimizer").add_argument
-    rates = [0.2, 0.3, 0.4, 0.1, 0.05]  # a good one first saves time
+    rates = [0.2, 0.3, 0.4, 0.1, 0.05]  # a good one first: others are given up sooner
     flag("--learning_rates", type=number(float, 0), nargs="+", default=rates, help="to choose from")
     flag("--target", type=number(float, 1e-3), default=0.2, help="training loss to reach, in nats")
-    flag("--max_updates", type=number(int, 1), default=10000, help="limit of a run to the target")
+    flag("--max_updates", type=number(int, 1), default=10000, help="limit per run to the target")
     flag("--max_iters", type=number(int, 1), default=400, help="updates while noise is measured")
     flag = parser.add_argument_group("logging").add_argument
     flag("--eval_interval", type=number(int, 1), default=10, help="iterations between evaluations")
