@@ -1039,10 +1039,12 @@ def test_a_sharded_model_writes_what_the_full_one_does(bytes_as_bpe, one_process
 def test_samples_are_the_prompt_and_what_the_model_continues_it_with(bytes_as_bpe, monkeypatch):
     args = parse("--prompt", "ab", "--stop", "", "--num_samples", 2)
     rows = torch.tensor([[97, 98, 99, 299, 257, 100], [97, 98, 256, 101, 102, 103]])
-    monkeypatch.setattr(step, "generate", lambda args, model, ids, _: rows.clone())
+    prompts = []
+    monkeypatch.setattr(step, "generate", lambda args, model, ids, _: prompts.append(ids) or rows)
     args.max_new_tokens = 4
     line = "\n---------------\n"
     assert step.sample(args, None) == f"abcd{line}ab<|endoftext|>efg"  # over 256 is padding
+    assert prompts[0].tolist() == [[97, 98], [97, 98]]
     args.stop = "ef"
     assert step.sample(args, None) == f"abcd{line}ab<|endoftext|>ef"
     args.max_new_tokens = 0
