@@ -1,4 +1,4 @@
-"""A run of a step from 01 to 14, with all that it leaves, prints and draws against its records."""
+"""A run of a step from 01 to 15, with all that it leaves, prints and draws against its records."""
 
 import contextlib
 import io
@@ -40,7 +40,8 @@ def watched_run(step, *flags):
     assert printed[-1] == f"picture: {args.out_dir / 'loss.png'}"
     assert expected_summary(final) == printed[-len(expected_summary(final)) - 1 : -1]
     check_picture(figures[-1], plot, records)
-    plot["plt"].close(figures[-1])
+    for figure in figures:
+        plot["plt"].close(figure)
     return args, records
 
 
@@ -65,6 +66,8 @@ def expected_summary(final):
     """Return the lines above the picture's: the result beside what it is to be compared with."""
     if "test_accuracy" in final:
         return [f"test accuracy {final['test_accuracy']:.2%} after {final['seconds']:.0f} s"]
+    if "top1" in final:
+        return [f"top-1 {final['top1']:.2%}, top-5 {final['top5']:.2%}, {final['seconds']:.0f} s"]
     if "test_loss" in final:
         perplexity = math.exp(min(final["test_loss"], 700))
         return [f"test perplexity {perplexity:.2f} after {final['seconds']:.0f} s"]

@@ -209,6 +209,18 @@ def test_images_or_labels_that_are_no_mnist_are_refused(tmp_path, no_network):
                 step.load_data(args_for("--data_dir", tmp_path), CPU)
 
 
+@pytest.mark.parametrize(
+    "error", [AssertionError, OSError, RuntimeError, TypeError, ValueError], ids=str
+)
+def test_whatever_the_reader_raises_names_the_files(error, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error("denied")
+
+    monkeypatch.setattr(step, "MNIST", fail)
+    with pytest.raises(OSError, match=rf"{tmp_path}/MNIST/raw/train-\*: missing .*denied"):
+        step.load_data(args_for("--data_dir", tmp_path), CPU)
+
+
 def test_augmentation_is_the_affine_map_of_its_random_numbers():
     """Bilinear interpolation in pixels: a pixel's weight falls from 1 to 0 within one pixel."""
     args, x = args_for("--shift", 3, "--rotate", 40, "--scale", 0.3), images(8)
