@@ -139,25 +139,21 @@ def test_an_epoch_shows_every_verse_once_and_needs_little_padding():
 
 
 @pytest.mark.parametrize("n_gram", [1, 2])
-def test_bags_are_sets_of_words_and_of_pairs(n_gram):
+def test_bags_are_sets_of_words_and_of_bigrams(n_gram):
+    """A feature is a word or a pair, the same in all verses; each is there once per verse."""
     x = random_verses(40, vocab_size=12)
-    verse, ids = classify.bags(x, 12, n_gram)
-    found = [set() for _ in x]
-    for i, j in zip(verse.tolist(), ids.tolist()):
-        assert j not in found[i]
-        found[i].add(j)
-    names = {}
-    for row, bag in zip(x.tolist(), found):
+    verse, feature = classify.bags(x, 12, n_gram)
+    found = [[] for _ in x]
+    for i, j in zip(verse.tolist(), feature.tolist()):
+        found[i].append(j)
+    bags = []
+    for row in x.tolist():
         words = [j for j in row if j != PAD]
-        expected = set(words) | (set(pairwise(words)) if n_gram == 2 else set())
-        assert len(bag) == len(expected)
-        for j in bag & set(range(12)):
-            assert j in words
-        names.setdefault(tuple(words), bag)
-    if n_gram == 2:  # the same pair has the same id everywhere, another pair another one
-        verse, ids = classify.bags(torch.tensor([[2, 3, 2, 3, 1], [5, 2, 3, 1, 1]]), 12, 2)
-        first, second = (set(ids[verse == i].tolist()) for i in range(2))
-        assert len(first & second) == 3 and len(first) == 4 and len(second) == 5
+        bags.append(set(words) | (set(pairwise(words)) if n_gram == 2 else set()))
+    assert [len(bag) for bag in found] == [len(bag) for bag in bags]
+    features = sorted(set().union(*bags), key=lambda f: (isinstance(f, tuple), f))
+    assert [{features[j] for j in bag} for bag in found] == bags  # words first, then bigrams
+    assert verse.tolist() == sorted(verse.tolist())
 
 
 def newton(features, y, penalty):
@@ -179,22 +175,22 @@ def regression_problem(n=300, n_features=12):
     torch.manual_seed(1)
     features = (torch.rand(n, n_features) < 0.3).float()
     y = (torch.rand(n) < (features @ torch.randn(n_features) - 0.5).sigmoid()).long()
-    verse, column = features.nonzero().T
-    return features, y, verse, column
+    verse, feature = features.nonzero().T
+    return features, y, verse, feature
 
 
 @pytest.mark.parametrize("penalty", [1e-3, 0.1])
 def test_logistic_regression_is_the_minimum_that_newton_finds(penalty):
-    features, y, verse, column = regression_problem()
-    w = classify.fit_logistic_regression(verse, column, y, 12, penalty)
+    features, y, verse, feature = regression_problem()
+    w = classify.fit_logistic_regression(verse, feature, y, 12, penalty)
     torch.testing.assert_close(w, newton(features, y, penalty), rtol=1e-3, atol=2e-3)
-    logits = classify.bag_logits(w, verse, column, len(y))
+    logits = classify.bag_logits(w, verse, feature, len(y))
     torch.testing.assert_close(logits, features @ w[:-1] + w[-1])
 
 
 def test_softmax_over_two_classes_is_logistic_regression():
     """Two columns w/2 and -w/2 have half the squares of w: twice the penalty, the same p."""
-    features, y, verse, column = regression_problem()
+    features, y, verse, feature = regression_problem()
     w = torch.zeros(2, 12, requires_grad=True)
     b = torch.zeros(2, requires_grad=True)
     optimizer = torch.optim.LBFGS([w, b], max_iter=300, line_search_fn="strong_wolfe")
@@ -207,8 +203,8 @@ def test_softmax_over_two_classes_is_logistic_regression():
 
     optimizer.step(closure)
     p_softmax = (features @ w.T + b).softmax(dim=1)[:, 1].detach()
-    fitted = classify.fit_logistic_regression(verse, column, y, 12, 0.01)
-    p = classify.bag_logits(fitted, verse, column, len(y)).sigmoid()
+    fitted = classify.fit_logistic_regression(verse, feature, y, 12, 0.01)
+    p = classify.bag_logits(fitted, verse, feature, len(y)).sigmoid()
     torch.testing.assert_close(p, p_softmax, rtol=1e-3, atol=1e-3)
     logits = small_model().eval()(random_verses(20))
     one_logit = logits[:, 1] - logits[:, 0]
