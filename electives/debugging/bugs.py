@@ -1,4 +1,4 @@
-"""The bugs that play.py plants. Spoilers: read on only when you have played."""
+"""The bugs that play.py plants. Spoilers: find the bugs before you read on."""
 
 from typing import NamedTuple
 
@@ -150,7 +150,7 @@ BUGS = [
     ),
     Bug(
         step="02_linreg_torch",
-        name="an average taken twice",
+        name="a mean that is divided a second time",
         original="                params[name] -= args.learning_rate * params[name].grad\n",
         planted="                params[name] -= args.learning_rate * params[name].grad / len(x)\n",
         flags="",
@@ -184,7 +184,7 @@ BUGS = [
     # ---------- 03_vector_linreg ----------
     Bug(
         step="03_vector_linreg",
-        name="a parameter that the optimizer does not know",
+        name="a parameter that is left out of the update",
         original="            for name in params:\n",
         planted='            for name in ["w"]:\n',
         flags="",
@@ -333,7 +333,7 @@ BUGS = [
         planted="        w = rng.normal(scale=2 / n_in, size=(n_in, args.n_hidden))",
         flags="--n_layer 4",
         symptom="With --n_layer 4 the loss is still 2.20 at iteration 1000 and ends at 1.51,"
-        " where 0.749 was to be expected. The network seems to sleep at first.",
+        " where 0.749 was to be expected. At first the network hardly learns at all.",
         hints=[
             "Print the mean square of the activations after every hidden layer at iteration 0.",
             "The variance of the weights is to be 2 / n. What does rng.normal call its scale?",
@@ -380,7 +380,7 @@ BUGS = [
     ),
     Bug(
         step="05_mlp_manual",
-        name="a line that was copied and not quite adapted",
+        name="a copied line that still names the other model",
         original='record["linear_loss"] = loss_fn(forward(linear, x_train), y_train)',
         planted='record["linear_loss"] = loss_fn(forward(params, x_train), y_train)',
         flags="",
@@ -484,7 +484,7 @@ BUGS = [
     ),
     Bug(
         step="07_mnist_mlp",
-        name="no way back to training mode",
+        name="evaluation mode during training",
         original="    model.train()\n    accuracy",
         planted="    accuracy",
         flags="--max_iters 300 --eval_interval 300",
@@ -625,7 +625,7 @@ BUGS = [
     ),
     Bug(
         step="09_mnist_convnet",
-        name="dropout that knows no evaluation mode",
+        name="dropout that ignores evaluation mode",
         original="x = self.dropout(F.relu(self.hidden(x.flatten(1))))",
         planted="x = F.dropout(F.relu(self.hidden(x.flatten(1))), self.dropout.p)",
         flags="--max_iters 100 --eval_interval 100",
@@ -660,7 +660,7 @@ BUGS = [
     ),
     Bug(
         step="09_mnist_convnet",
-        name="a result that nobody uses",
+        name="a result that is not used",
         original="        logits = model(augment(x, args.shift))",
         planted="        augment(x, args.shift)\n        logits = model(x)",
         flags="--max_iters 100 --eval_interval 100",
@@ -714,7 +714,7 @@ BUGS = [
     ),
     Bug(
         step="10_mnist_resnet",
-        name="no way back to training mode",
+        name="evaluation mode during training",
         original="    model.train()\n    accuracy",
         planted="    accuracy",
         flags="--max_iters 100 --eval_interval 100 --n_channel 4",
@@ -783,7 +783,7 @@ BUGS = [
     ),
     Bug(
         step="11_shakespeare_ffn",
-        name="a vocabulary that has seen the test text",
+        name="a vocabulary that includes the test text",
         original="    counts = Counter(train_words)",
         planted="    counts = Counter(train_words + test_words)",
         flags="--n_embd 32 --n_hidden 64 --max_iters 200 --eval_interval 100",
@@ -832,7 +832,7 @@ BUGS = [
         " 5.086 instead of 5.069. The more weight decay I use, the more the model seems"
         " to forget how often each word occurs.",
         hints=[
-            "Compare with --weight_decay 0: whom does the decay help, and whom does it hurt?",
+            "Compare with --weight_decay 0: which parameters should decay, and which should not?",
             "The output bias starts at the log frequencies of the words. What is it at the end?",
         ],
         lesson="Weight decay pulls to 0. That is right for matrices; a layer norm's scale belongs"
@@ -894,7 +894,7 @@ BUGS = [
     ),
     Bug(
         step="12_sampling",
-        name="no way back to training mode",
+        name="evaluation mode during training",
         original="    model.train()\n    return ids",
         planted="    return ids",
         flags="--n_embd 32 --n_hidden 64 --max_iters 200 --eval_interval 100",
@@ -1035,7 +1035,7 @@ BUGS = [
     ),
     Bug(
         step="14_resnet_gpu",
-        name="another range of pixels in evaluation",
+        name="pixels on another scale in evaluation",
         original="    chunks = [normalize(chunk / 255, stats) for chunk in x.split(1000)]",
         planted="    chunks = [normalize(chunk, stats) for chunk in x.split(1000)]",
         flags="--max_iters 60 --n_channel 4",
@@ -1141,7 +1141,7 @@ BUGS = [
     ),
     Bug(
         step="15_imagenet",
-        name="a mean that is divided once more",
+        name="a mean that is divided a second time",
         original='        loss = F.cross_entropy(logits, y, reduction="sum")',
         planted="        loss = F.cross_entropy(logits, y)",
         flags="--recipe tiny --epochs 1",

@@ -1,8 +1,8 @@
-"""Learning by mending: a step with one bug to find, python play.py 09
+"""Learning by debugging: find the bug that is planted in a step: python play.py 09
 
-It copies a step to debugging/09 (see --dir), plants one bug in its train.py, and tells what a user
-of the step reports. Find the bug and mend it there. Then --check runs the tests of the step's ideas
-on your copy. No peeking: the step itself, and bugs.py, have the answer.
+It copies a step to debugging/09 (see --dir), plants one bug in its train.py, and prints its symptom
+as a user of the step would report it. Find the bug and fix it in the copy; --check then runs the
+tests of the step's ideas on it. Do not look at the step itself or at bugs.py: they have the answer.
 """
 
 import os
@@ -90,7 +90,7 @@ def start(args):
         if not args.overwrite:
             problem = f"{args.dir} is there already: --overwrite replaces it, --dir names another"
             raise OSError(problem)
-        if not (args.dir / STATE).is_file():  # it may be anything: --dir ~ is quickly typed
+        if not (args.dir / STATE).is_file():  # it may be anything, such as --dir ~
             raise OSError(f"--overwrite: {args.dir} holds no copy that play.py made")
         with contextlib.suppress(OSError, ValueError):  # another bug than before
             numbers.remove(read_state(args.dir)[1]["bug"])
@@ -113,7 +113,7 @@ def start(args):
     print(wrapped(bug.symptom))
     print(f"\nSee it:        python {args.dir / 'train.py'}{flags}")
     print(f"Need a hint?   {play} --hint")
-    print(f"Mended it?     {play} --check")
+    print(f"Fixed it?      {play} --check")
     print(f"Give up?       {play} --solution")
 
 
@@ -127,19 +127,19 @@ def hint(args):
     bug, state = read_state(args.dir)
     n = state["hints"]
     if n == len(bug.hints):
-        print("There are no more hints. Read the lines that are left once more, or --solution.")
+        print("There are no more hints. --solution prints the fix.")
         return
     write_state(args.dir, state | {"hints": n + 1})
     print(f"Hint {n + 1} of {len(bug.hints)}:\n{wrapped(bug.hints[n])}")
 
 
 def solution(args):
-    """Print the diff that mends the step, and the lesson."""
+    """Print the diff that fixes the copy, and the lesson."""
     bug, _ = read_state(args.dir)
     path = args.dir / "train.py"
-    mended = (ROOT / bug.step / "train.py").read_text(encoding="utf-8").splitlines()
+    fixed = (ROOT / bug.step / "train.py").read_text(encoding="utf-8").splitlines()
     lines = planted_source(bug).splitlines()
-    diff = difflib.unified_diff(lines, mended, str(path), "mended", lineterm="")
+    diff = difflib.unified_diff(lines, fixed, str(path), "fixed", lineterm="")
     print("\n".join(diff))
     print(f"\nThe bug: {bug.name}.\n{wrapped(bug.lesson)}")
 
@@ -157,13 +157,13 @@ def check(args):
     # The test that catches this bug comes first; the others notice what was broken meanwhile.
     tests = dict.fromkeys(f"tests/{b.test}" for b in [bug, *bugs_of(bug.step)])
     print(f"Running {len(tests)} tests of the ideas of {bug.step} on {path} ...", flush=True)
-    variable = f"STEP_{bug.step[:2]}"  # by which tests/steps.py finds the copy
+    variable = f"STEP_{bug.step[:2]}"  # tells tests/steps.py where the copy is
     env = os.environ | {variable: str(args.dir.resolve()), "PYTHONDONTWRITEBYTECODE": "1"}
     env["COLUMNS"] = "400"  # or pytest would leave out the reason of a failure
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--color=no", "-p", "no:cacheprovider"]
     run = subprocess.run([*command, *tests], cwd=ROOT, env=env, capture_output=True, text=True)
     if run.returncode == 0:
-        print(f"Mended, congratulations! All tests pass. The bug: {bug.name}.")
+        print(f"Fixed, congratulations! All tests pass. The bug: {bug.name}.")
         print(wrapped(bug.lesson))
         return True
     failed = re.search(r"^FAILED (\S+::test_(\w+)\S*) - (.*)$", run.stdout, re.M)
@@ -191,8 +191,8 @@ def parse_args(argv=None):
     parser.add_argument("step", type=find_step, help="01 to 17")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--hint", action="store_true", help="print the next hint")
-    what.add_argument("--check", action="store_true", help="test the copy: is the bug mended?")
-    what.add_argument("--solution", action="store_true", help="print the diff that mends it")
+    what.add_argument("--check", action="store_true", help="test the copy: is the bug fixed?")
+    what.add_argument("--solution", action="store_true", help="print the diff that fixes it")
     parser.add_argument("--bug", type=int, help="number of the bug; None: a random one")
     parser.add_argument("--seed", type=int, help="of the random choice; None: another every time")
     parser.add_argument("--dir", type=Path, help="folder of the copy; None: debugging/NN")
