@@ -426,8 +426,10 @@ def test_prepared_tokens_are_not_replaced(tmp_path, bytes_as_bpe):
 
 
 def test_prepare_goes_on_where_it_was(tmp_path, bytes_as_bpe, monkeypatch):
-    _, path = write_corpus(tmp_path, n=25_000)
-    prepare(tmp_path, "--corpus", path)
+    texts, path = write_corpus(tmp_path, n=25_000)
+    tokens = np.concatenate(prepare(tmp_path, "--corpus", path))
+    assert len(tokens) == sum(len(text) + 1 for text in texts)  # in three chunks
+    assert (tokens == 256).sum() == len(texts)
     whole, script = (tmp_path / "made/train.bin").read_bytes(), load_script("prepare")
     for name in ("train.bin", "meta.json"):
         (tmp_path / "made" / name).unlink()
@@ -550,7 +552,7 @@ def test_published_data_and_weights_are_pinned(tmp_path, bytes_as_bpe, monkeypat
 
     asked.clear()
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    with pytest.raises(OSError, match="no network"):
+    with pytest.raises(OSError, match=r"--corpus hf://.*'text' \(no network\)"):
         prepare(tmp_path)
     start = r"hf://datasets/Skylion007/openwebtext@[0-9a-f]{40}/plain_text/train-000"
     assert len(asked) == 80
