@@ -177,6 +177,7 @@ def blocks_seen(n, world_size, n_tokens=1000, start=0, **sizes):
     while len(seen) < n:
         for loader in loaders:
             x, y = next(loader)
+            assert x.shape == y.shape == (2, 16)
             assert torch.equal(y, x + 1)
             assert torch.equal(x, x[:, :1] + torch.arange(16))
             seen += x[:, 0].tolist()
