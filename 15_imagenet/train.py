@@ -4,7 +4,8 @@ Parent:  14_resnet_gpu
 New:     list_images, decode, shrink, pack_images, random_crop, center_crop, crop, PackedImages,
          image_stats, worker_init, load_batches, conv, shortcut, BasicBlock, Bottleneck,
          compile_model, update_ema, write_file, save_checkpoint, read_checkpoint,
-         load_checkpoint, lock_folder, open_out_dir, catch_signals, count_micro_batches
+         load_checkpoint, lock_folder, open_out_dir, catch_signals, count_micro_batches,
+         accumulate_gradients
 Changed: load_data, minibatches, augment, ResNet, make_optimizer, schedule, evaluate, train,
          parse_args
 Gone:    Block, Clock, print_times
@@ -573,7 +574,22 @@ def log_metrics(args, record):
     tqdm.write("  ".join(f"{key} {value:.5g}" for key, value in record.items()))
 
 
-@torch.backends.cudnn.flags(enabled=True, deterministic=True)  # a resumed run repeats the sums
+def accumulate_gradients(args, model, x, y, stats, n_classes):
+    """Add up a minibatch's gradients, with one micro-batch at a time in memory; return its loss."""
+    loss = torch.zeros((), device=x.device)
+    for part in zip(x.chunk(args.n_micro_batches), y.chunk(args.n_micro_batches)):
+        x, y = augment(args, *part, stats, n_classes)
+        with autocast(args):
+            logits = model(x)
+        # Label smoothing: target probabilities below 1, so logits need not grow forever.
+        micro_loss = F.cross_entropy(logits.float(), y, label_smoothing=args.label_smoothing)
+        micro_loss = micro_loss / args.n_micro_batches
+        micro_loss.backward()
+        loss += micro_loss.detach()
+    return loss
+
+
+@torch.backends.cudnn.flags(enabled=True, deterministic=True)  # kernels that add in a fixed order
 def train(args, signals=None):
     """Run the whole step; return the last record of metrics.jsonl.
 
@@ -600,8 +616,8 @@ def train(args, signals=None):
     compiled = compile_model(args, model)
     optimizer = make_optimizer(args, model)
     parts = {"model": model, "ema": ema, "optimizer": optimizer}
-    state = {"iter_num": 0, "seconds": 0.0, "loss_sum": 0.0, "best": -1.0, "record": {}}
-    state |= {"names": names, "log_sizes": []}
+    state = {"iter_num": 0, "seconds": 0.0, "best": -1.0, "record": {}, "log_sizes": []}
+    state |= {"names": names, "loss_sum": torch.zeros((), device=device)}
     last, best = args.out_dir / "last.pt", args.out_dir / "best.pt"
     logs = [args.out_dir / "metrics.jsonl"]
     if args.init_from == "resume":
@@ -620,7 +636,7 @@ def train(args, signals=None):
     start -= state["seconds"]  # of the runs before this one
     open_out_dir(args, device, logs, state["log_sizes"])
     batches = load_batches(args, train_set, minibatches(args, train_set, start_iter))
-    loss_sum = torch.tensor(state["loss_sum"], device=device)
+    state["loss_sum"] = state["loss_sum"].to(device)  # a checkpoint is loaded to the CPU
     waited, since, since_iter = 0.0, time.perf_counter(), start_iter
     if signals is not None:
         catch_signals(signals)
@@ -628,20 +644,19 @@ def train(args, signals=None):
     iters = range(start_iter, args.max_iters + 1)
     bar = tqdm(iters, total=args.max_iters, initial=start_iter, disable=None)
     for iter_num in bar:
-        stop_requested, last_eval = bool(signals), record.get("iter")
+        state |= {"iter_num": iter_num, "seconds": time.perf_counter() - start}
+        if signals:
+            if state["loss_sum"].isfinite():  # otherwise the last good checkpoint is kept
+                save_checkpoint(last, parts, state)
+            print(f"stopped at iteration {iter_num}; --init_from resume continues from {last}")
+            break
         eval_due = iter_num % args.eval_interval == 0 or iter_num == args.max_iters
-        if stop_requested or (eval_due and iter_num != last_eval):
-            state |= {"iter_num": iter_num, "loss_sum": loss_sum.item()}
-            state["seconds"] = time.perf_counter() - start
-            if stop_requested:
-                if math.isfinite(state["loss_sum"]):  # or the last good checkpoint stays
-                    save_checkpoint(last, parts, state)
-                print(f"stopped at iteration {iter_num}; --init_from resume continues from {last}")
-                break
+        last_eval = record.get("iter")
+        if eval_due and iter_num != last_eval:
             record = {"iter": iter_num, "seconds": state["seconds"]}
             record["learning_rate"] = schedule(args, iter_num)
             if iter_num > 0:
-                record["train_loss"] = state["loss_sum"] / (iter_num - last_eval)
+                record["train_loss"] = state["loss_sum"].item() / (iter_num - last_eval)
             if iter_num > start_iter:
                 passed = time.perf_counter() - since
                 record["data_share"] = waited / passed  # the fraction spent waiting for images
@@ -650,12 +665,12 @@ def train(args, signals=None):
             log_metrics(args, record)
             plot_run(args.out_dir)
             state["log_sizes"] = [log.stat().st_size for log in logs]
-            state |= {"loss_sum": 0.0, "record": record, "seconds": time.perf_counter() - start}
+            state |= {"record": record, "seconds": time.perf_counter() - start}
+            state["loss_sum"].zero_()
             if record["top1"] > state["best"]:
                 state["best"] = record["top1"]
                 save_checkpoint(best, parts, state)
             save_checkpoint(last, parts, state)
-            loss_sum.zero_()
             waited, since, since_iter = 0.0, time.perf_counter(), iter_num
         if iter_num == args.max_iters:
             break
@@ -667,17 +682,7 @@ def train(args, signals=None):
         torch.manual_seed(args.seed * 1_000_003 + iter_num)  # the same numbers in a resumed run
         x, y = (tensor.to(device, non_blocking=True) for tensor in (x, y))
         optimizer.zero_grad()
-        loss = torch.zeros((), device=device)
-        # Gradient accumulation: only one micro-batch at a time has to fit into memory.
-        for part in zip(x.chunk(args.n_micro_batches), y.chunk(args.n_micro_batches)):
-            x, y = augment(args, *part, stats, len(names))
-            with autocast(args):
-                logits = compiled(x)
-            # Label smoothing: target probabilities below 1, so logits need not grow forever.
-            micro_loss = F.cross_entropy(logits.float(), y, label_smoothing=args.label_smoothing)
-            micro_loss = micro_loss / args.n_micro_batches
-            micro_loss.backward()
-            loss += micro_loss.detach()
+        loss = accumulate_gradients(args, compiled, x, y, stats, len(names))
         if iter_num % 100 == 0:  # not always: to read the loss, the CPU has to wait for the GPU
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         for group in optimizer.param_groups:
@@ -685,7 +690,7 @@ def train(args, signals=None):
         optimizer.step()
         # A shorter average at first: it soon forgets the random initialization.
         update_ema(averages, values, min(args.ema_decay, (iter_num + 1) / (iter_num + 10)))
-        loss_sum += loss
+        state["loss_sum"] += loss
 
     if record.get("iter") == args.max_iters:
         print(f"top-1 {record['top1']:.2%}, top-5 {record['top5']:.2%}, {record['seconds']:.0f} s")

@@ -494,8 +494,8 @@ def train(args, signals=None):
     compiled = compile_model(args, model)
     optimizers = make_optimizers(args, model)
     parts = {"model": model, **optimizers}
-    state = {"iter_num": 0, "seconds": 0.0, "loss_sum": 0.0, "best": math.inf, "record": {}}
-    state |= {"vocab": vocab, "log_sizes": []}
+    state = {"iter_num": 0, "seconds": 0.0, "best": math.inf, "record": {}, "log_sizes": []}
+    state |= {"vocab": vocab, "loss_sum": torch.zeros((), device=device)}
     last, best = args.out_dir / "last.pt", args.out_dir / "best.pt"
     logs = [args.out_dir / "metrics.jsonl", args.out_dir / "samples.txt"]
     if args.init_from == "resume":
@@ -515,7 +515,7 @@ def train(args, signals=None):
         return record
     start -= state["seconds"]  # of the runs before this one
     open_out_dir(args, device, logs, state["log_sizes"])
-    loss_sum = torch.tensor(state["loss_sum"], device=device)
+    state["loss_sum"] = state["loss_sum"].to(device)  # a checkpoint is loaded to the CPU
     since, since_iter = time.perf_counter(), start_iter
     if signals is not None:
         catch_signals(signals)
@@ -523,20 +523,19 @@ def train(args, signals=None):
     iters = range(start_iter, args.max_iters + 1)
     bar = tqdm(iters, total=args.max_iters, initial=start_iter, disable=None)
     for iter_num in bar:
-        stop_requested, last_eval = bool(signals), record.get("iter")
+        state |= {"iter_num": iter_num, "seconds": time.perf_counter() - start}
+        if signals:
+            if state["loss_sum"].isfinite():  # otherwise the last good checkpoint is kept
+                save_checkpoint(last, parts, state)
+            print(f"stopped at iteration {iter_num}; --init_from resume continues from {last}")
+            break
         eval_due = iter_num % args.eval_interval == 0 or iter_num == args.max_iters
-        if stop_requested or (eval_due and iter_num != last_eval):
-            state |= {"iter_num": iter_num, "loss_sum": loss_sum.item()}
-            state["seconds"] = time.perf_counter() - start
-            if stop_requested:
-                if math.isfinite(state["loss_sum"]):  # or the last good checkpoint stays
-                    save_checkpoint(last, parts, state)
-                print(f"stopped at iteration {iter_num}; --init_from resume continues from {last}")
-                break
+        last_eval = record.get("iter")
+        if eval_due and iter_num != last_eval:
             record = {"iter": iter_num, "seconds": state["seconds"]}
             record["learning_rate"] = schedule(args, iter_num)
             if iter_num > 0:
-                record["train_loss"] = state["loss_sum"] / (iter_num - last_eval)
+                record["train_loss"] = state["loss_sum"].item() / (iter_num - last_eval)
             if iter_num > start_iter:
                 tokens = (iter_num - since_iter) * args.batch_size * args.block_size
                 record["tokens_per_second"] = tokens / (time.perf_counter() - since)
@@ -544,12 +543,12 @@ def train(args, signals=None):
             log_metrics(args, record)
             log_sample(args, record, sample(args, model, vocab))
             state["log_sizes"] = [log.stat().st_size for log in logs]
-            state |= {"loss_sum": 0.0, "record": record, "seconds": time.perf_counter() - start}
+            state |= {"record": record, "seconds": time.perf_counter() - start}
+            state["loss_sum"].zero_()
             if record["val_loss"] < state["best"]:
                 state["best"] = record["val_loss"]
                 save_checkpoint(best, parts, state)
             save_checkpoint(last, parts, state)
-            loss_sum.zero_()
             since, since_iter = time.perf_counter(), iter_num
         if iter_num == args.max_iters:
             break
@@ -570,7 +569,7 @@ def train(args, signals=None):
                 group["lr"] = schedule(args, iter_num)
             optimizer.step()
             optimizer.zero_grad()
-        loss_sum += loss.detach()
+        state["loss_sum"] += loss.detach()
 
     if record.get("iter", -1) >= args.max_iters:
         print(f"val_loss {record['val_loss']:.4f} after {record['seconds']:.0f} s")

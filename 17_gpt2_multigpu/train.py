@@ -810,7 +810,7 @@ def accumulate_gradients(args, forward, batch_loss, scaler, batch, batches):
 
 
 def should_skip(args, iter_num, loss, grad_norm, losses):
-    """Return whether to skip an update, after a loss spike or with an infinite gradient; say so.
+    """Return whether to skip an update, and print why: a loss spike or an infinite gradient.
 
     A spike is more than --skip_zscore standard deviations above the mean of the last 100 losses.
     """
