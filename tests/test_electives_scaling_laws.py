@@ -568,6 +568,13 @@ def test_a_run_is_written_whole_or_not_at_all(standins, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.glob("runs/*")] == ["w2_d0_i64_s5.json"]
 
 
+def test_quick_is_one_seed_and_1024_updates(study):
+    _, calls = study("--quick")
+    assert {call[3] for call in calls} == {1337}
+    assert {call[2] for call in calls[:-1] if call[0] in (2, 6)} == {1024}
+    assert max(call[2] for call in calls[:-1]) == 1024
+
+
 def test_datasets_are_distorted_digits_without_a_common_image(standins, tmp_path, monkeypatch):
     seen = []
 

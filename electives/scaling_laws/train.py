@@ -13,8 +13,7 @@ then say which network a larger budget should train, and predict its loss before
 far off is the prediction, and on which side? An irreducible loss, which no model can go below,
 would flatten the curves in the end.
 
-Try:     --max_iters 1024 --n_seeds 1 (a minute; why does it predict worse?), --dropout 0.2,
-         --growth 10
+Try:     --quick (a minute; why does it predict worse?), --dropout 0.2, --growth 10
 Source:  Kaplan et al. 2020, "Scaling laws for neural language models"; Hoffmann et al. 2022,
          "Training compute-optimal large language models" (approach 2: the best N per budget).
 """
@@ -332,6 +331,8 @@ def train(args):
     val_set = distort(TensorDataset(*train_set[:n_val]), args)
     test_set = distort(TensorDataset(*test_set[::2]), args)  # every second one, for speed
     datasets = TensorDataset(*train_set[n_val:]), val_set, test_set
+    if args.quick:
+        args.max_iters, args.n_seeds = 1024, 1
     seeds = range(args.seed, args.seed + args.n_seeds)
     args.out_dir.mkdir(parents=True, exist_ok=True)
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "device": "cpu"}
@@ -428,6 +429,7 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("system").add_argument
     flag("--seed", type=number(int, 0), default=1337, help="first seed of the random numbers")
     flag("--n_seeds", type=number(int, 1, 100), default=3, help="networks per point")
+    flag("--quick", action="store_true", help="1024 updates, one seed")
     return parser.parse_args(argv)
 
 
