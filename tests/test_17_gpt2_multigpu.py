@@ -608,6 +608,9 @@ def test_exported_weights_give_transformers_the_same_logits(bias, tmp_path):
     mine = other_weights(step.make_model(args))
     load_script("export_hf").export_hf(args, mine, tmp_path / "hf")
     theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()
+    config = theirs.config
+    assert config.bos_token_id == config.eos_token_id == 50256  # <|endoftext|>
+    assert config.activation_function == "gelu_new"
     x = torch.randint(300, (2, 16))
     assert torch.allclose(mine(x), theirs(x).logits, atol=1e-4)
     again = step.make_model(parse("--init_from", tmp_path / "hf"))
@@ -1594,6 +1597,7 @@ def test_scripts_without_a_checkpoint(tmp_path):
         result = run_script(name, *flags, "--out_dir", tmp_path)
         assert_one_line(result, f"{name}.py: error:", tmp_path / "best.pt", "missing")
     assert_one_line(run_script("export_hf"), "usage", "export_hf.py DIR")
+    assert_one_line(run_script("export_hf", "--device", "cpu"), "usage", "export_hf.py DIR")
     assert not (tmp_path / "hf").exists()
 
 
