@@ -192,12 +192,19 @@ def test_fsdp_keeps_shards_unless_it_accumulates():
     assert shards["fsdp"]["gradients"] == shards["ddp"]["gradients"] / 2
 
 
+@pytest.mark.parametrize("model", script.MODELS)
+def test_every_head_of_gpt2_has_64_numbers(model):
+    args = script.parse_args(["--model", model])
+    assert args.n_embd == 64 * args.n_head
+
+
 def test_the_table_shows_the_numbers():
     """Every row of it, read back, against the plan."""
     flags = ["--model", "gpt2-xl", "--mfu", 0.5, "--price", 3, "--network", 50, "--disk", 2]
     with contextlib.redirect_stdout(io.StringIO()) as text, imports_of_the_step():
         assert run_main(STEP, *flags, script="plan.py") == (0, "")
     found = plan(*flags)
+    assert found["hours"] == pytest.approx(found["flops"] / (8 * 989e12 * 0.5) / 3600)
     memory, sent, seconds = found["memory"], found["sent"], found["sent_seconds"]
     tokens, n_params, best = 300e9, found["parameters"], found["optimal"]
     law = script.CHINCHILLA
