@@ -103,7 +103,6 @@ def plan(args):
     checkpoint = 4 * n_params + memory["ddp"]["optimizer states"]
     return {
         "parameters": n_params,
-        "flops_per_token": flops_per_token(args),
         "flops": flops,
         "updates": args.tokens / args.total_batch_tokens,
         "micro_batches": args.micro_batches,
