@@ -315,7 +315,8 @@ def test_muons_defaults_are_those_that_were_measured(device):
     found = args.learning_rate, args.min_lr, args.warmup_iters, args.beta1, args.beta2
     assert found == (0.015 if device == "cpu" else 0.005, 0.0, 20, 0.9, 0.95)
     found = args.weight_decay, args.grad_clip, args.batch_size, args.max_iters
-    assert found == (0.05, 0.0, *((32, 1000) if device == "cpu" else (64, 2000)))
+    assert found == (0.05, 0.0, *((16, 1100) if device == "cpu" else (64, 2000)))
+    assert args.block_size == (128 if device == "cpu" else 256)
     assert (args.compile, args.sdpa) == (device == "cuda", device == "cuda")
 
 
@@ -823,7 +824,7 @@ def test_bad_flags(flags, word, standins, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "word"), [(b"caf\xe9 and more", "text.txt"), (b"too short", "--block_size 64")]
+    ("content", "word"), [(b"caf\xe9 and more", "text.txt"), (b"too short", "--block_size 128")]
 )
 def test_texts_that_cannot_be_used(content, word, tmp_path):
     (tmp_path / "text.txt").write_bytes(content)
