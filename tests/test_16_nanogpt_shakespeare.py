@@ -562,6 +562,17 @@ def test_nothing_in_the_loop_waits_for_the_device(standins, tmp_path, monkeypatc
     assert 0 < counts[0] == counts[1]
 
 
+def test_the_bar_shows_every_hundredth_loss(standins, tmp_path, monkeypatch):
+    real, losses, shown = F.cross_entropy, [], []
+    monkeypatch.setattr(F, "cross_entropy", lambda *args: losses.append(real(*args)) or losses[-1])
+    monkeypatch.setattr(step, "evaluate", lambda *args: 1.0)
+    monkeypatch.setattr(step.tqdm, "set_postfix", lambda bar, **values: shown.append(values))
+    flags = "--n_layer 1 --n_embd 4 --block_size 4 --max_new_tokens 0 --optimizer adamw".split()
+    flags = [*tiny_flags(STEP, standins, tmp_path), *flags, "--max_iters", "102"]
+    step.train(step.parse_args([*flags, "--eval_interval", "102"]))
+    assert shown == [{"loss": f"{losses[i]:.4f}", "refresh": False} for i in (0, 100)]
+
+
 def test_sampling_does_not_disturb_training(standins, tmp_path):
     losses = []
     for n in ("0", "20"):
