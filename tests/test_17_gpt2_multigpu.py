@@ -1570,7 +1570,8 @@ def test_bad_flags(flags, words, small_data, tmp_path, bytes_as_bpe):
         *(("a.jsonl", f'{{"text": {value}}}', "of type") for value in ("null", "1", '["a"]')),
     ],
 )
-def test_a_corpus_that_cannot_be_read(name, content, word, tmp_path, bytes_as_bpe):
+def test_a_corpus_that_cannot_be_read(name, content, word, tmp_path, bytes_as_bpe, caplog):
+    caplog.set_level("WARNING", logger="datasets")  # as it is in a new process
     paths = [tmp_path / file for file in name.split()]
     for path in paths if content is not None else []:
         path.write_text(content)
@@ -1578,6 +1579,7 @@ def test_a_corpus_that_cannot_be_read(name, content, word, tmp_path, bytes_as_bp
     assert code == 2 and "Traceback" not in errors
     last = errors.strip().splitlines()[-1]  # after the bar of datasets
     assert last.startswith(f"prepare.py: error: --corpus {paths[0]}") and word in last
+    assert not caplog.records  # what datasets logs is in that line
 
 
 def test_scripts_without_gpt2s_encoding(tmp_path, bytes_as_bpe, monkeypatch):
