@@ -14,13 +14,16 @@ import torch
 
 def watched_run(step, *flags):
     """Run a step; return its arguments and the records of metrics.jsonl."""
-    args, screen = step.parse_args([str(flag) for flag in flags]), io.StringIO()
+    args = step.parse_args([str(flag) for flag in flags])
+    screen, errors = io.StringIO(), io.StringIO()
     args.out_dir.mkdir(exist_ok=True)
     (args.out_dir / "metrics.jsonl").write_text('{"iter": 0}\n')  # of an earlier run: replaced
     plot, figures = step.plot_run.__globals__, []
-    with contextlib.redirect_stdout(screen), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plot["plt"], "close", figures.append)
-        final = step.train(args)
+    with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(errors):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(plot["plt"], "close", figures.append)
+            final = step.train(args)
+    assert "|" not in errors.getvalue()  # no bar in a file that the output is sent to
     lines = (args.out_dir / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     assert final == records[-1]
