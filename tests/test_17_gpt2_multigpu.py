@@ -25,6 +25,7 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 from steps import ROOT, load_step, run_main
+from torch.utils._python_dispatch import TorchDispatchMode
 
 STEP = "17_gpt2_multigpu"
 step = load_step(STEP)
@@ -652,6 +653,41 @@ def test_sample_takes_the_sizes_from_the_checkpoint(small_data, tmp_path, bytes_
     assert capsys.readouterr().out == step.sample(args, model) + "\n"
     (tmp_path / "prompt.txt").write_text("")
     assert_one_line(run_script("sample", *flags), f"FILE:{tmp_path / 'prompt.txt'} is empty")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_in_chunks_is_torchs_cross_entropy(dtype):
+    torch.manual_seed(0)
+    values, targets = (
+        (5 * torch.randn(150, 40)).to(dtype),
+        torch.randint(40, (150,)),
+    )  # 64 + 64 + 22
+    targets[[3, 70, 149]] = -100  # do not count
+    expected, logits = (values.clone().requires_grad_() for _ in range(2))
+    loss = F.cross_entropy(expected.float(), targets, reduction="sum")
+    found = step.CrossEntropy.apply(logits * 1, targets)
+    torch.testing.assert_close(found, loss)
+    (loss * 0.3).backward()
+    (found * 0.3).backward()
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {}
+    torch.testing.assert_close(logits.grad, expected.grad, **tolerance)
+
+
+def test_loss_in_chunks_makes_no_other_tensor_of_the_logits_size():
+    made = []  # number of elements and memory of each tensor
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, given=(), options=None):
+            out = operation(*given, **(options or {}))
+            if isinstance(out, torch.Tensor):
+                made.append((out.numel(), out.untyped_storage().data_ptr()))
+            return out
+
+    logits, targets = torch.randn(1000, 50, requires_grad=True) * 1, torch.randint(50, (1000,))
+    with Record():
+        (grad,) = torch.autograd.grad(step.CrossEntropy.apply(logits, targets), logits)
+    assert grad.data_ptr() == logits.data_ptr()  # the gradient is where the logits were
+    assert max(n for n, memory in made if memory != logits.data_ptr()) == 64 * 50
 
 
 # ---------- evaluation ----------
