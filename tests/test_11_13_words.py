@@ -113,13 +113,15 @@ def test_a_missing_default_text_is_downloaded_once_and_checked(name, tmp_path, m
     assert [step.read_text(args) for _ in range(2)] == 2 * ["l\u00e0"]
     path = tmp_path / "new" / "shakespeare" / "input.txt"
     assert calls == [(step.URL, path, step.SHA256, False)]
+    path.unlink()  # its folder is there
+    assert step.read_text(args) == "l\u00e0" and len(calls) == 2
     args.input = tmp_path / "mine.txt"
     args.input.write_text("mine")
     assert step.read_text(args) == "mine"
     args.input = tmp_path / "none.txt"
     with pytest.raises(OSError, match=r"--input .*none\.txt"):
         step.read_text(args)
-    assert len(calls) == 1
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("name", WORD_STEPS)

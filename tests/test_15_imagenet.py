@@ -485,11 +485,17 @@ def test_every_validation_image_counts_once(step, tree, tmp_path):
             return guess.expand(len(x), 8)
 
     result = step.evaluate(args, Spy(), images, step.image_stats("cpu"))
-    seen = torch.cat(seen)
-    assert len(seen) == len(images.rows) == 16 == len(seen.unique(dim=0))
+    pixels = torch.cat(seen)
+    assert len(pixels) == len(images.rows) == 16 == len(pixels.unique(dim=0))
     # Of labels 0 to 3, four times each: 3 comes first, 2 fifth, 1 sixth.
     assert result["top1"] == 0.25 and result["top5"] == 0.5
     assert result["val_loss"] == pytest.approx((guess.logsumexp(0) - guess[:4].mean()).item())
+    # Added up in float32, losses near 1 would vanish beside that of the first class, 2^28.
+    guess[:] = torch.tensor([-(2.0**26), 0, 0, -1, -9, -9, -9, -9])
+    args.batch_size = 4  # one class
+    total = 16 * step.evaluate(args, Spy(), images, step.image_stats("cpu"))["val_loss"]
+    others = 4 * (3 * guess.logsumexp(0).item() + 1)
+    assert total - 2.0**28 == pytest.approx(others, rel=1e-5)
 
 
 def test_evaluation_sees_the_center(step):
