@@ -607,14 +607,18 @@ def test_exported_weights_give_transformers_the_same_logits(bias, tmp_path):
     transformers = pytest.importorskip("transformers")
     args = parse(bias)
     mine = other_weights(step.make_model(args))
-    load_script("export_hf").export_hf(args, mine, tmp_path / "hf")
-    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()
-    config = theirs.config
-    assert config.bos_token_id == config.eos_token_id == 50256  # <|endoftext|>
-    assert config.activation_function == "gelu_new"
+    folder = tmp_path / "new" / "hf"
+    for _ in range(2):  # made, and there already
+        load_script("export_hf").export_hf(args, mine, folder)
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
+    config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_positions": 16}
+    config |= {"activation_function": "gelu_new", "layer_norm_epsilon": mine.ln_f.eps}
+    config |= {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 300}
+    config |= {"bos_token_id": 50256, "eos_token_id": 50256}  # <|endoftext|>
+    assert json.loads((folder / "config.json").read_text()) == config
     x = torch.randint(300, (2, 16))
     assert torch.allclose(mine(x), theirs(x).logits, atol=1e-4)
-    again = step.make_model(parse("--init_from", tmp_path / "hf"))
+    again = step.make_model(parse("--init_from", folder))
     assert torch.equal(mine(x), again.eval()(x))
 
 
