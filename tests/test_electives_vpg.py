@@ -2,6 +2,9 @@
 
 import itertools
 import json
+import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -9,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from steps import load_step, run_main
+from steps import ROOT, load_step, run_main
 from torch.distributions import Categorical
 from torchvision.io import read_image
 
@@ -222,6 +225,36 @@ def test_strip_shows_an_episode_from_its_first_to_its_last_frame(monkeypatch):
     assert (strip == strip[:1, :1]).all()
 
 
+def test_the_picture_shows_the_returns_by_frames(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(vpg.plt, "close", figures.append)
+    records = [
+        {"iter": 0, "frames": 0, "solved": -100, "test_return": -500},
+        {"iter": 5, "frames": 70000, "solved": -100, "test_return": -90, "train_return": -95},
+        {"iter": 9, "frames": 2000000, "solved": -100, "test_return": -80, "train_return": -85},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    vpg.draw_returns(SimpleNamespace(out_dir=tmp_path, env="Acrobot-v1"))
+    axis = figures[0].axes[0]
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axis.lines[:2]}
+    assert lines == {
+        "train_return": [[0.07, -95], [2, -85]],
+        "test_return": [[0, -500], [0.07, -90], [2, -80]],
+    }
+    assert axis.lines[2].get_ydata()[0] == -100 and "-100" in axis.lines[2].get_label()
+    assert axis.get_xlabel() == "millions of frames" and "return" in axis.get_ylabel()
+    assert "Acrobot-v1" in axis.get_title()
+    assert (tmp_path / "returns.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_pygame_leaves_the_signals_alone(tmp_path):
+    """SDL would catch SIGTERM, and `kill` would not end a run."""
+    code = "import os, train; train.draw_episode(lambda x: x[:2], train.parse_args([])); "
+    code += "os.kill(os.getpid(), 15); os._exit(0)"
+    folder = ROOT / "electives" / "vpg"
+    assert subprocess.run([sys.executable, "-c", code], cwd=folder).returncode == -signal.SIGTERM
+
+
 # ---------- training ----------
 
 
@@ -264,6 +297,7 @@ def test_training_follows_the_gradient_of_advantages_and_fits_the_baseline(tmp_p
         }
         assert record["solved"] == 475
     assert read_image(str(tmp_path / "episode.png")).shape == (3, 2 * 100, 8 * 150)
+    assert (tmp_path / "returns.png").exists()
 
 
 def test_it_learns_to_balance_the_pole(tmp_path):

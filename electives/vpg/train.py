@@ -1,7 +1,7 @@
 """Elective vpg: vanilla policy gradient on Gymnasium's environments.
 
 Parent:  06_mlp_nn
-New:     rewards_to_go, policy_loss, evaluate, draw_episode
+New:     rewards_to_go, policy_loss, evaluate, draw_episode, draw_returns
 Changed: minibatches, train, parse_args
 Gone:    load_data
 
@@ -15,7 +15,7 @@ So the loss is a cross-entropy with the actions as labels, each weighted by its 
 rewards that follow. Subtracting a baseline from these, here the return that a second network
 predicts from the state, leaves the expected gradient unchanged and greatly lowers its variance; the
 differences are called advantages. A bonus for the policy's entropy keeps it exploring. Look at
-loss.png, and at episode.png: frames of an episode, untrained (above) and trained (below).
+returns.png, and at episode.png: frames of an episode, untrained (above) and trained (below).
 
 Try:     --n_frames 32 (returns are bootstrapped sooner: better or worse?), --entropy_coef 0, or
          Acrobot-v1, another environment, which these settings do not solve (why?)
@@ -50,7 +50,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchvision.io import write_png
 from tqdm import tqdm
 
-from plot import plot_run
+from plot import plot_run, plt, read_metrics
 
 
 # ---------- data ----------
@@ -145,6 +145,7 @@ def evaluate(policy, args):
 def draw_episode(policy, args):
     """Return 8 frames of an episode, from its first to its last, as an image (3, H, W) of bytes."""
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws without a display
+    os.environ.setdefault("SDL_NO_SIGNAL_HANDLERS", "1")  # else pygame's SDL ignores SIGTERM
     env = gym.make(args.env, render_mode="rgb_array")
     x, _ = env.reset(seed=args.seed)
     frames, done = [], False
@@ -156,6 +157,23 @@ def draw_episode(policy, args):
         done = terminated or truncated
     strip = np.concatenate([frames[i * (len(frames) - 1) // 7] for i in range(8)], axis=1)
     return torch.from_numpy(strip).permute(2, 0, 1)
+
+
+def draw_returns(args):
+    """Write returns.png: the mean return against the number of frames seen until then."""
+    records = read_metrics(args.out_dir)
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    for key in ("train_return", "test_return"):
+        points = [(r["frames"] / 1e6, r[key]) for r in records if key in r]
+        axis.plot(*zip(*points), marker=".", markersize=4, label=key)
+    solved = records[-1]["solved"]
+    axis.axhline(solved, color="gray", linestyle="--", label=f"solved, Gymnasium: {solved:.4g}")
+    axis.set(title=f"Elective vpg: {args.env}")
+    axis.set(xlabel="millions of frames", ylabel="return (mean of 100 episodes)")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(args.out_dir / "returns.png", dpi=80)
+    plt.close(figure)
 
 
 # ---------- training ----------
@@ -221,7 +239,8 @@ def train(args):
     episode = torch.cat([episode, draw_episode(model, args)], dim=1)
     write_png(episode, str(args.out_dir / "episode.png"))
     print(f"test return {record['test_return']:.1f} after {frames:,} frames")
-    print(f"picture: {plot_run(args.out_dir)}")
+    draw_returns(args)
+    print(f"pictures: {plot_run(args.out_dir)}, returns.png, episode.png")
     return record
 
 
