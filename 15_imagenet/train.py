@@ -47,6 +47,7 @@ import hashlib
 import json
 import math
 import random
+import shutil
 import time
 from functools import partial
 from pathlib import Path
@@ -215,6 +216,11 @@ def load_data(args):
     if args.batch_size > (n := len(train_set.rows)):
         problem = f"--batch_size {args.batch_size} exceeds the {n} training images"
         raise argparse.ArgumentTypeError(problem)
+    size = max(args.train_size, args.test_size)
+    shared = 2 * args.num_workers * args.batch_size * 3 * size**2  # bytes: two minibatches each
+    if os.path.isdir("/dev/shm") and shared > shutil.disk_usage("/dev/shm").free:
+        problem = f"/dev/shm has no room for {shared / 2**30:.1f} GiB of decoded minibatches"
+        raise OSError(f"{problem}: lower --num_workers, or give docker a larger --shm-size")
     words = {}  # class folder to class name, from the file that comes with (Tiny) ImageNet, if any
     for path in (args.data_dir / "LOC_synset_mapping.txt", args.data_dir / "words.txt"):
         lines = path.read_text("utf-8", "replace").splitlines() if path.exists() else []

@@ -1306,6 +1306,23 @@ def test_other_bad_input_is_one_line(step, tree, tmp_path, monkeypatch):
     assert not (tree / "cache").exists()  # nothing was packed before this was noticed
 
 
+def test_shared_memory_must_hold_the_minibatches_of_the_workers(step, tree, tmp_path, monkeypatch):
+    args = flags(step, tree, tmp_path, "--num_workers", "2", "--batch_size", "8")
+    args.train_size, args.test_size = 10, 20
+    needed = 2 * 2 * 8 * 3 * 20 * 20  # bytes: two minibatches per worker, at the larger size
+    real, free, isdir = shutil.disk_usage, {"/dev/shm": needed}, os.path.isdir
+    monkeypatch.setattr(os.path, "isdir", lambda path: path == "/dev/shm" or isdir(path))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda p: types.SimpleNamespace(free=free.get(p)) or real(p)
+    )
+    step.load_data(args)
+    free["/dev/shm"] -= 1
+    with pytest.raises(OSError, match="/dev/shm"):
+        step.load_data(args)
+    args.num_workers = 0  # this process decodes
+    step.load_data(args)
+
+
 def test_out_of_gpu_memory_is_one_line(tree, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
