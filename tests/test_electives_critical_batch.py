@@ -222,7 +222,9 @@ def test_train_is_sgd_and_averages_the_moments_between_evaluations(
             assert record["noise_scale_to_target"] == pytest.approx(mean, rel=1e-3)
     assert losses[0] > 2.27 > losses[1] > losses[2] > 2.0
     end = "to the target" if reached else "to the end, before the target"
-    assert capsys.readouterr().out.splitlines()[-2].endswith(f"mean over updates {end}")
+    *_, mean_line, median_line, _ = capsys.readouterr().out.splitlines()
+    assert f"mean over updates {end}: {mean:.0f}" in mean_line
+    assert median_line == f"its median: {sorted(scales[:n])[1] if n == 3 else mean:.0f}"
     torch.testing.assert_close(trained.out.weight, model.out.weight)
     torch.testing.assert_close(trained.out.bias, model.out.bias)
     for name, dataset in (("train", cb.TensorDataset(*data[0][:1000])), ("test", data[1])):
@@ -417,9 +419,9 @@ def test_train_fits_the_runs_of_its_search(standins, tmp_path, capsys, monkeypat
     assert f"batch size 64  learning rate 0.5  {fewest[64]:.1f} updates" in lines
     assert "batch size 64  learning rate 0.3  given up" in lines
     assert any(line.startswith("iter 2  seconds ") for line in lines)
-    assert f"critical batch size {e_min / s_min:.0f} = {e_min:.0f} examples" in lines[-3]
-    assert f"/ {s_min:.0f} updates" in lines[-3]
-    assert f"simple noise scale {final['noise_scale_to_target']:.0f}," in lines[-2]
+    assert f"critical batch size {e_min / s_min:.0f} = {e_min:.0f} examples" in lines[-4]
+    assert f"/ {s_min:.0f} updates" in lines[-4]
+    assert f": {final['noise_scale_to_target']:.0f}" in lines[-3]
     assert (tmp_path / "trade.png").read_bytes().startswith(b"\x89PNG")
 
 
