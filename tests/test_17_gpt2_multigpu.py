@@ -1245,7 +1245,9 @@ def test_recomputed_activations_change_nothing(small_data, tmp_path, monkeypatch
     flags = ["--dropout", 0.2, "--max_iters", 2, "--eval_interval", 2]
     a = run(small_data, tmp_path / "a", *flags)
     n = len(passes)
-    b = run(small_data, tmp_path / "b", *flags, "--recompute")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch's, where its default would be used
+        b = run(small_data, tmp_path / "b", *flags, "--recompute")
     assert len(passes) - n == n + 2 * 4 * 2  # again in backward: updates, micro-batches, layers
     assert a["train_loss"] == b["train_loss"]
     assert_equal(checkpoint(tmp_path / "a")["model"], checkpoint(tmp_path / "b")["model"])
@@ -1348,7 +1350,7 @@ def test_only_the_main_process_speaks_and_writes(small_data, tmp_path, monkeypat
 
 def test_a_run_records_and_prints_its_time_and_speed(small_data, tmp_path, monkeypatch, capsys):
     """By a clock that load_data moves by 100 s, an evaluation by 10 s, a minibatch by 0.5 s."""
-    now, texts, bars, pictures, saved = [1000.0], [], [], [], []
+    now, texts, bars, shown, pictures, saved = [1000.0], [], [], [], [], []
 
     def takes(seconds, function):
         def call(*given):
@@ -1374,6 +1376,9 @@ def test_a_run_records_and_prints_its_time_and_speed(small_data, tmp_path, monke
         def __init__(self, *given, **options):
             super().__init__(*given, **options)
             bars.append((self.n, self.total, self.disable))
+
+        def set_postfix(self, **values):
+            shown.append(values)
 
     monkeypatch.setattr(step, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(step, "load_data", takes(100, step.load_data))
@@ -1422,6 +1427,10 @@ def test_a_run_records_and_prints_its_time_and_speed(small_data, tmp_path, monke
     summary = f"val_loss {final['val_loss']:.4f} after {final['seconds']:.0f} s"
     assert lines[-2:] == [summary, f"picture: {tmp_path / 'loss.png'}"]
     assert bars == [(0, 7, True), (4, 7, True)]  # not shown where there is no terminal
+    loss = torch.load(last, weights_only=True)["state"]["losses"][-1]
+    known = {"loss": f"{loss:.4f}", "tokens_per_second": "64", "mfu": f"{final['mfu']:.4g}"}
+    assert len(shown) == 7 and float(shown[-1].pop("memory_gib")) > 0
+    assert shown[-1] == known | {"refresh": False}
     assert pictures == [tmp_path] * (4 + 1)  # at every evaluation and at the end
     best = [min(r["val_loss"] for r in logged[:i]) for i in range(1, 5)]  # until each record
     names = [["best.pt"] * (best[i] not in best[:i]) + ["last.pt"] for i in range(4)]
@@ -1684,7 +1693,8 @@ def test_a_full_disk_leaves_the_old_checkpoint(small_data, tmp_path, monkeypatch
 def test_damaged_checkpoints(small_data, tmp_path):
     run(small_data, tmp_path)
     flags = ["--init_from", "resume"]
-    assert_one_line(bad(small_data, tmp_path, *flags, "--n_embd", 32), "last.pt", "shape")
+    result = bad(small_data, tmp_path, *flags, "--n_embd", 32)
+    assert_one_line(result, "last.pt is of a model with another shape (model: size mismatch for")
     for n_layer in (1, 3):  # other keys are refused, not dropped
         result = bad(small_data, tmp_path, *flags, "--n_layer", n_layer)
         assert_one_line(result, "last.pt", "shape", f"h.{min(n_layer, 2)}.")
