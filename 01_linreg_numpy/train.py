@@ -4,7 +4,7 @@ Parent:  none
 
 A teacher, the line y = wx + b, generates the examples and adds Gaussian noise. No model can predict
 the noise, so the lowest loss to expect is known in advance: the noise variance (with a standard
-error of 0.45%). Watch stochastic gradient descent (SGD) bring the training loss down to it.
+error of 0.45% on 100,000 examples). Watch stochastic gradient descent (SGD) bring train_loss to it.
 
 Try:     --learning_rate 1.1 (it diverges), --learning_rate 0.1 --batch_size 1 (it fluctuates): why?
 Source:  Robbins and Monro 1951, "A stochastic approximation method".

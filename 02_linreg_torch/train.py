@@ -6,7 +6,7 @@ Gone:    backward
 
 The forward pass stays as it was. PyTorch records its operations in a computation graph, and
 loss.backward() applies the chain rule to that graph, from the loss back to the parameters. Same
-seed, same data, same order of the minibatches: the loss curve is step 01's.
+seed, same data, same order of the minibatches: the loss curve is step 01's, up to rounding.
 
 Try:     delete the line that sets .grad to None (gradients accumulate: what does the curve do?)
 Source:  Paszke et al. 2017, "Automatic differentiation in PyTorch".
@@ -38,7 +38,7 @@ def load_data(args, rng):
     teacher = {"w": rng.normal(scale=3), "b": rng.normal(scale=3)}
     x = rng.normal(size=args.n_examples)
     y = forward(teacher, x) + rng.normal(scale=args.noise, size=args.n_examples)
-    return torch.from_numpy(x).float(), torch.from_numpy(y).float(), teacher  # float32 as params
+    return torch.from_numpy(x).float(), torch.from_numpy(y).float(), teacher  # params are float32
 
 
 def minibatches(x, y, batch_size, rng):

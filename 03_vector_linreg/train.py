@@ -39,7 +39,7 @@ def load_data(args, rng):
     x = rng.normal(size=(args.n_examples, args.n_inputs))
     y = forward(teacher, x) + rng.normal(scale=args.noise, size=args.n_examples)
     teacher = {name: torch.tensor(value) for name, value in teacher.items()}
-    return torch.from_numpy(x).float(), torch.from_numpy(y).float(), teacher  # float32 as params
+    return torch.from_numpy(x).float(), torch.from_numpy(y).float(), teacher  # params are float32
 
 
 def minibatches(x, y, batch_size, rng):

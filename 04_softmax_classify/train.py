@@ -8,8 +8,8 @@ The model gives each class a score (logit), and softmax turns the scores z into 
 maximum likelihood, the best parameters give the labels the highest probability, so the loss is the
 mean negative log-likelihood (cross-entropy), in nats. Its gradient is the error in probability,
 dL/dz = (p - onehot(y)) / B. The labels are sampled from the teacher's own probabilities, so the
-lowest loss to expect is the entropy of the teacher. (Parameters are not compared: softmax is the
-same when a constant is added to all logits.)
+lowest loss to expect is the entropy of the teacher. (The parameters are not compared with the
+teacher's: softmax is the same when a constant is added to all logits.)
 
 Try:     --n_classes 2 (what is this model's classical name?)
          --learning_rate 100 (worse, but never infinite: why?)
@@ -43,7 +43,7 @@ def load_data(args, rng):
     x = rng.normal(size=(args.n_examples, args.n_inputs))
     log_p = log_softmax(torch.from_numpy(forward(teacher, x)))  # (N, C)
     # Gumbel-max: the argmax of log_p plus Gumbel noise is a sample from the distribution p.
-    y = (log_p + torch.from_numpy(rng.gumbel(size=log_p.shape))).argmax(dim=1)
+    y = (log_p + torch.from_numpy(rng.gumbel(size=log_p.shape))).argmax(dim=1)  # (N,)
     entropy = -(log_p.exp() * log_p).sum(dim=1).mean().item()
     return torch.from_numpy(x).float(), y, entropy
 
@@ -78,7 +78,7 @@ def log_softmax(logits):
 
 def loss_fn(logits, y):
     """Return the mean negative log-likelihood, in nats, of labels y (B,) under logits (B, C)."""
-    return -log_softmax(logits)[torch.arange(len(y)), y].mean()
+    return -log_softmax(logits)[torch.arange(len(y)), y].mean()  # mean over i of entries [i, y_i]
 
 
 # ---------- training ----------

@@ -41,10 +41,10 @@ def load_data(args, rng):
     """Return x (N, D), labels y (N,) sampled from a random teacher, and the teacher's entropy."""
     x = rng.normal(size=(args.n_examples, args.n_inputs))
     features = np.sin(x @ rng.normal(size=(args.n_inputs, 8), scale=0.5))  # (N, 8)
-    logits = features @ rng.normal(size=(8, args.n_classes), scale=3)
+    logits = features @ rng.normal(size=(8, args.n_classes), scale=3)  # (N, C)
     log_p = F.log_softmax(torch.from_numpy(logits), dim=1)  # (N, C)
     # Gumbel-max: the argmax of log_p plus Gumbel noise is a sample from the distribution p.
-    y = (log_p + torch.from_numpy(rng.gumbel(size=log_p.shape))).argmax(dim=1)
+    y = (log_p + torch.from_numpy(rng.gumbel(size=log_p.shape))).argmax(dim=1)  # (N,)
     entropy = -(log_p.exp() * log_p).sum(dim=1).mean().item()
     return torch.from_numpy(x).float(), y, entropy
 

@@ -10,7 +10,8 @@ test images. The training loss goes to 0, while the test loss stops falling: the
 remedy is dropout: in training, units are zeroed at random, so that none can rely on another.
 
 Try:     --dropout 0 (which curve gets better, which worse?), --n_layer 0 (step 04 on digits)
-Source:  LeCun et al. 1998, "Gradient-based learning applied to document recognition".
+Source:  LeCun et al. 1998, "Gradient-based learning applied to document recognition"; Srivastava
+         et al. 2014, "Dropout: a simple way to prevent neural networks from overfitting".
 """
 
 import os

@@ -4,8 +4,8 @@ Parent:  07_mnist_mlp
 New:     OptaxOptimizer
 Changed: train, parse_args
 
-Adam divides each parameter's update by the recent magnitude of its gradients g, so that every
-parameter moves by about lr per update:
+Adam divides each parameter's update by the recent magnitude of its gradients g, so that a
+parameter moves by at most about lr per update, whatever the scale of its gradients:
 
     m = b1 m + (1 - b1) g                   first moment: an exponential moving average of g
     v = b2 v + (1 - b2) g^2                 second moment: the same of g^2
@@ -160,7 +160,7 @@ def train(args):
     train_eval = TensorDataset(*train_set[: len(test_set)])  # as many images as the test set has
     batches = minibatches(train_set, args.batch_size)
     model = MLP(28 * 28, args.n_hidden, args.n_layer, 10, args.dropout)
-    warmup = min(args.warmup_iters, args.max_iters - 1)
+    warmup = min(args.warmup_iters, args.max_iters - 1)  # optax needs it below max_iters
     schedule = optax.warmup_cosine_decay_schedule(0, args.learning_rate, warmup, args.max_iters)
     optimizer = OptaxOptimizer(model.parameters(), optax.adam(schedule))
     args.out_dir.mkdir(parents=True, exist_ok=True)

@@ -69,7 +69,7 @@ def minibatches(dataset, batch_size):
 
 
 def augment(x, shift):
-    """Move the images x (B, 1, H, W) by up to shift pixels each way, all in the same direction."""
+    """Shift the images x (B, 1, H, W) by up to shift pixels per axis, all by the same amount."""
     # One random shift per minibatch is cheap; over the epochs every image meets many of them.
     dy, dx = torch.randint(-shift, shift + 1, (2,)).tolist()
     # roll wraps around, but 99.8% of the pixels within 2 of MNIST's borders are blank.
@@ -162,7 +162,7 @@ def train(args):
     train_eval = TensorDataset(*train_set[: len(test_set)])  # as many images as the test set has
     batches = minibatches(train_set, args.batch_size)
     model = ConvNet(10, args.dropout)
-    warmup = min(args.warmup_iters, args.max_iters - 1)
+    warmup = min(args.warmup_iters, args.max_iters - 1)  # optax needs it below max_iters
     schedule = optax.warmup_cosine_decay_schedule(0, args.learning_rate, warmup, args.max_iters)
     optimizer = OptaxOptimizer(model.parameters(), optax.adam(schedule))
     args.out_dir.mkdir(parents=True, exist_ok=True)

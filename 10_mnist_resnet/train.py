@@ -6,9 +6,9 @@ Changed: evaluate, train, parse_args
 Gone:    ConvNet
 
 A residual block computes relu(x + f(x)): the skip connection carries gradients around f to early
-layers, so that deeper networks still train. Batch norm normalizes each channel over the minibatch,
-whatever the initialization; it makes biases before it redundant and a higher learning rate possible
-(0.005); in evaluation it uses running averages. Global average pooling replaces the hidden layer.
+layers, so that deeper networks still train. Batch norm normalizes each channel over minibatch and
+pixels, whatever the initialization (in evaluation: running averages). It allows a higher learning
+rate (0.005) and makes biases before it redundant. Global average pooling replaces the hidden layer.
 
 Try:     --n_layer 4, then without skip connections (0 * self.shortcut(x), the zeros_ line deleted)
 Source:  He et al. 2016, "Deep residual learning for image recognition"; Ioffe and Szegedy 2015,
@@ -70,7 +70,7 @@ def minibatches(dataset, batch_size):
 
 
 def augment(x, shift):
-    """Move the images x (B, 1, H, W) by up to shift pixels each way, all in the same direction."""
+    """Shift the images x (B, 1, H, W) by up to shift pixels per axis, all by the same amount."""
     # One random shift per minibatch is cheap; over the epochs every image meets many of them.
     dy, dx = torch.randint(-shift, shift + 1, (2,)).tolist()
     # roll wraps around, but 99.8% of the pixels within 2 of MNIST's borders are blank.
@@ -94,7 +94,7 @@ class Block(nn.Module):
             self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(n_out))
 
     def forward(self, x):
-        residual = self.bn_2(self.conv_2(F.relu(self.bn_1(self.conv_1(x)))))
+        residual = self.bn_2(self.conv_2(F.relu(self.bn_1(self.conv_1(x)))))  # (B, n_out, H, W)
         return F.relu(self.shortcut(x) + residual)
 
 
@@ -179,7 +179,7 @@ def train(args):
     train_eval = TensorDataset(*train_set[: len(test_set)])  # as many images as the test set has
     batches = minibatches(train_set, args.batch_size)
     model = ResNet(args.n_channel, args.n_layer, 10)
-    warmup = min(args.warmup_iters, args.max_iters - 1)
+    warmup = min(args.warmup_iters, args.max_iters - 1)  # optax needs it below max_iters
     schedule = optax.warmup_cosine_decay_schedule(0, args.learning_rate, warmup, args.max_iters)
     optimizer = OptaxOptimizer(model.parameters(), optax.adam(schedule))
     args.out_dir.mkdir(parents=True, exist_ok=True)

@@ -72,7 +72,7 @@ def encode(words, vocab):
 
 
 def windows(ids, block_size):
-    """Return a TensorDataset of every x (T,), T = block_size words, and y, the word after them."""
+    """Return a TensorDataset of all windows x (T,), T = block_size words, and the next word y."""
     chunks = ids.unfold(0, block_size + 1, 1)  # (len(ids) - T, T + 1)
     return TensorDataset(chunks[:, :-1], chunks[:, -1])
 
@@ -191,9 +191,9 @@ def train(args):
     batches = minibatches(train_set, args.batch_size)
     model = WordMLP(args, len(vocab))
     # The output bias starts at the log unigram frequencies: they need not be learned.
-    counts = torch.bincount(train_ids, minlength=len(vocab)) + 0.5
+    counts = torch.bincount(train_ids, minlength=len(vocab)) + 0.5  # <unk> may not occur
     model.lm_head.bias.data = torch.log(counts / counts.sum())
-    warmup = min(args.warmup_iters, args.max_iters - 1)
+    warmup = min(args.warmup_iters, args.max_iters - 1)  # optax needs it below max_iters
     schedule = optax.warmup_cosine_decay_schedule(0, args.learning_rate, warmup, args.max_iters)
     # AdamW also subtracts lr * weight_decay * w from matrices; b2 = 0.99 adapts faster than 0.999.
     matrices = [p.ndim == 2 for p in model.parameters()]

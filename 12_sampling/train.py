@@ -5,10 +5,10 @@ New:     join_words, generate, sample, log_sample
 Changed: train, parse_args
 
 A model of the next word can generate text: sample a word from the predicted distribution, append it
-to the context, repeat (autoregressive sampling). A temperature below 1 sharpens the distribution,
-near 0 the most likely word always wins; above 1 it flattens it. Top-k sampling leaves out the long
-tail of unlikely words. Read samples.txt from the top to watch the model learn. Sampling has random
-numbers of its own, so the losses equal step 11's.
+to the context, repeat (autoregressive sampling). A temperature below 1 sharpens the distribution
+(near 0, the most likely word always wins), one above 1 flattens it. Top-k sampling allows only the
+k most likely words and cuts off the long tail. Read samples.txt from the top to watch the model
+learn. Sampling has a random number generator of its own, so the losses equal step 11's.
 
 Try:     --temperature 0.1, --temperature 2, --top_k 1 (what goes wrong with each?)
          --prompt "ROMEO:"
@@ -80,7 +80,7 @@ def join_words(words):
 
 
 def windows(ids, block_size):
-    """Return a TensorDataset of every x (T,), T = block_size words, and y, the word after them."""
+    """Return a TensorDataset of all windows x (T,), T = block_size words, and the next word y."""
     chunks = ids.unfold(0, block_size + 1, 1)  # (len(ids) - T, T + 1)
     return TensorDataset(chunks[:, :-1], chunks[:, -1])
 
@@ -180,7 +180,7 @@ def evaluate(model, dataset, name):
 
 @torch.no_grad()
 def generate(args, model, ids):
-    """Return ids (1, N), at least T, followed by max_new_tokens ids sampled from the model."""
+    """Return ids (1, N), N >= T, followed by max_new_tokens ids sampled from the model."""
     model.eval()
     generator = torch.Generator().manual_seed(args.seed)  # not the generator of training
     for _ in range(args.max_new_tokens):
@@ -190,7 +190,7 @@ def generate(args, model, ids):
             kth = logits.topk(min(args.top_k, logits.shape[1])).values[:, -1:]  # (1, 1)
             logits[logits < kth] = -math.inf
         p = (logits / args.temperature).softmax(dim=1)
-        ids = torch.cat([ids, torch.multinomial(p, 1, generator=generator)], dim=1)
+        ids = torch.cat([ids, torch.multinomial(p, 1, generator=generator)], dim=1)  # (1, N + 1)
     model.train()
     return ids
 
@@ -231,9 +231,9 @@ def train(args):
     batches = minibatches(train_set, args.batch_size)
     model = WordMLP(args, len(vocab))
     # The output bias starts at the log unigram frequencies: they need not be learned.
-    counts = torch.bincount(train_ids, minlength=len(vocab)) + 0.5
+    counts = torch.bincount(train_ids, minlength=len(vocab)) + 0.5  # <unk> may not occur
     model.lm_head.bias.data = torch.log(counts / counts.sum())
-    warmup = min(args.warmup_iters, args.max_iters - 1)
+    warmup = min(args.warmup_iters, args.max_iters - 1)  # optax needs it below max_iters
     schedule = optax.warmup_cosine_decay_schedule(0, args.learning_rate, warmup, args.max_iters)
     # AdamW also subtracts lr * weight_decay * w from matrices; b2 = 0.99 adapts faster than 0.999.
     matrices = [p.ndim == 2 for p in model.parameters()]

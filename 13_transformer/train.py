@@ -5,7 +5,7 @@ New:     CausalSelfAttention, MLP, Block, GPT
 Changed: windows, load_data, evaluate, generate, sample, train, parse_args
 Gone:    WordMLP
 
-T words in, T next words out: one pass gives T training signals, and 16 windows as many as step 11's
+T words in, T next words out: a window holds T = 32 examples, and 16 windows as many as step 11's
 minibatch of 512. In self-attention a position takes a weighted mean over itself and the positions
 before it, with weights computed from the words: a longer context adds no parameters to a block. The
 model needs less dropout than step 11's, a higher learning rate and 500 more iterations.
@@ -80,7 +80,7 @@ def join_words(words):
 
 
 def windows(ids, block_size):
-    """Return a TensorDataset of every x (T,), T = block_size words, and y (T,), the words after."""
+    """Return a TensorDataset of all windows x (T,), T = block_size words, and next words y (T,)."""
     chunks = ids.unfold(0, block_size + 1, 1)  # (len(ids) - T, T + 1)
     return TensorDataset(chunks[:, :-1], chunks[:, 1:])
 
@@ -233,7 +233,7 @@ def evaluate(args, model, ids, name):
     model.eval()  # no dropout
     ids = F.pad(ids, (0, args.eval_stride), value=-100)  # cross_entropy's ignore_index
     chunks = ids.unfold(0, args.block_size + 1, args.eval_stride)  # (N, T + 1)
-    inputs, targets = chunks[:, :-1].clamp(min=0), chunks[:, 1:].clone()  # the windows overlap
+    inputs, targets = chunks[:, :-1].clamp(min=0), chunks[:, 1:].clone()  # chunks share memory
     targets[:, : -args.eval_stride] = -100
     loss = 0.0
     for x, y in zip(inputs.split(16), targets.split(16)):
@@ -254,7 +254,7 @@ def generate(args, model, ids):
             kth = logits.topk(min(args.top_k, logits.shape[1])).values[:, -1:]  # (1, 1)
             logits[logits < kth] = -math.inf
         p = (logits / args.temperature).softmax(dim=1)
-        ids = torch.cat([ids, torch.multinomial(p, 1, generator=generator)], dim=1)
+        ids = torch.cat([ids, torch.multinomial(p, 1, generator=generator)], dim=1)  # (1, N + 1)
     model.train()
     return ids
 
@@ -293,9 +293,9 @@ def train(args):
     batches = minibatches(windows(train_ids, args.block_size), args.batch_size)
     model = GPT(args, len(vocab))
     # The output bias starts at the log unigram frequencies: they need not be learned.
-    counts = torch.bincount(train_ids, minlength=len(vocab)) + 0.5
+    counts = torch.bincount(train_ids, minlength=len(vocab)) + 0.5  # <unk> may not occur
     model.lm_head.bias.data = torch.log(counts / counts.sum())
-    warmup = min(args.warmup_iters, args.max_iters - 1)
+    warmup = min(args.warmup_iters, args.max_iters - 1)  # optax needs it below max_iters
     schedule = optax.warmup_cosine_decay_schedule(0, args.learning_rate, warmup, args.max_iters)
     # AdamW also subtracts lr * weight_decay * w from matrices; b2 = 0.99 adapts faster than 0.999.
     matrices = [p.ndim == 2 for p in model.parameters()]

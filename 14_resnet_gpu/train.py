@@ -121,7 +121,7 @@ class Block(nn.Module):
             self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(n_out))
 
     def forward(self, x):
-        residual = self.bn_2(self.conv_2(F.relu(self.bn_1(self.conv_1(x)))))
+        residual = self.bn_2(self.conv_2(F.relu(self.bn_1(self.conv_1(x)))))  # (B, n_out, H, W)
         return F.relu(self.shortcut(x) + residual)
 
 

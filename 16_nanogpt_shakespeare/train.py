@@ -204,7 +204,7 @@ def compile_model(args, model):
     try:  # compilation happens at the first call: try it on a small function
         torch.compile(lambda x: x + 1)(torch.ones(1, device=args.device))
     except Exception as error:  # no C++ compiler, no Triton, an old GPU, ...
-        print(f"--compile falls back to eager mode: {str(error).strip().splitlines()[0]:.100}")
+        print(f"--compile falls back to eager mode: {error!r:.100}")
         return model
     return torch.compile(model)
 
@@ -323,7 +323,7 @@ def generate(args, model, ids, use_cache=True):
             kth = logits.topk(min(args.top_k, logits.shape[1])).values[:, -1:]  # (B, 1)
             logits[logits < kth] = -math.inf
         p = (logits / max(args.temperature, 1e-6)).softmax(dim=1)
-        ids = torch.cat([ids, torch.multinomial(p, 1, generator=generator)], dim=1)
+        ids = torch.cat([ids, torch.multinomial(p, 1, generator=generator)], dim=1)  # (1, N + 1)
     model.train()
     return ids
 

@@ -73,7 +73,7 @@ def minibatches(dataset, batch_size):
 
 
 def augment(x, shift):
-    """Move the images x (B, 784) by up to shift pixels each way, all in the same direction."""
+    """Shift the images x (B, 784) by up to shift pixels per axis, all by the same amount."""
     # One random shift per minibatch is cheap; over the epochs every image meets many of them.
     dy, dx = torch.randint(-shift, shift + 1, (2,)).tolist()
     # roll wraps around, but 99.8% of the pixels within 2 of MNIST's borders are blank.

@@ -258,7 +258,7 @@ def train(args):
     longer_set = make_sequences(args, 256, args.period_max + 1, 2 * args.period_max)
     batches = minibatches(args)
     model = GPT(args, args.vocab_size)
-    warmup = min(args.warmup_iters, args.max_iters - 1)
+    warmup = min(args.warmup_iters, args.max_iters - 1)  # optax needs it below max_iters
     schedule = optax.warmup_cosine_decay_schedule(0, args.learning_rate, warmup, args.max_iters)
     # AdamW also subtracts lr * weight_decay * w from matrices; b2 = 0.99 adapts faster than 0.999.
     matrices = [p.ndim == 2 for p in model.parameters()]

@@ -284,7 +284,7 @@ def generate(args, model, ids):
             kth = logits.topk(min(args.top_k, logits.shape[1])).values[:, -1:]  # (1, 1)
             logits[logits < kth] = -math.inf
         p = (logits / args.temperature).softmax(dim=1)
-        ids = torch.cat([ids, torch.multinomial(p, 1, generator=generator)], dim=1)
+        ids = torch.cat([ids, torch.multinomial(p, 1, generator=generator)], dim=1)  # (1, N + 1)
         logits, state = model(ids[:, -1:], state)  # one word: the state stands for those before it
     model.train()
     return ids
@@ -324,9 +324,9 @@ def train(args):
     batches = minibatches(train_ids, args.batch_size, args.block_size)
     model = WordRNN(args, len(vocab))
     # The output bias starts at the log unigram frequencies: they need not be learned.
-    counts = torch.bincount(train_ids, minlength=len(vocab)) + 0.5
+    counts = torch.bincount(train_ids, minlength=len(vocab)) + 0.5  # <unk> may not occur
     model.lm_head.bias.data = torch.log(counts / counts.sum())
-    warmup = min(args.warmup_iters, args.max_iters - 1)
+    warmup = min(args.warmup_iters, args.max_iters - 1)  # optax needs it below max_iters
     schedule = optax.warmup_cosine_decay_schedule(0, args.learning_rate, warmup, args.max_iters)
     # AdamW also subtracts lr * weight_decay * w from matrices; b2 = 0.99 adapts faster than 0.999.
     matrices = [p.ndim == 2 for p in model.parameters()]

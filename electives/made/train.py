@@ -237,7 +237,7 @@ def train(args):
     model = MADE(28 * 28, args.n_hidden, args.n_layer, args.order)
     # The output bias starts at the logits of the mean image: they need not be learned.
     model.out.bias.data = train_set.tensors[0].mean(0).logit(eps=1e-3)  # (784,)
-    warmup = min(args.warmup_iters, args.max_iters - 1)
+    warmup = min(args.warmup_iters, args.max_iters - 1)  # optax needs it below max_iters
     schedule = optax.warmup_cosine_decay_schedule(0, args.learning_rate, warmup, args.max_iters)
     optimizer = OptaxOptimizer(model.parameters(), optax.adam(schedule))
     args.out_dir.mkdir(parents=True, exist_ok=True)
