@@ -1,11 +1,10 @@
 """Step 15: ImageNet, a run of days that may be killed at any moment.
 
 Parent:  14_resnet_gpu
-New:     list_images, decode, shrink, pack_images, random_crop, center_crop, crop, PackedImages,
-         image_stats, worker_init, load_batches, conv, shortcut, BasicBlock, Bottleneck,
-         compile_model, update_ema, write_file, save_checkpoint, read_checkpoint,
-         load_checkpoint, lock_folder, open_out_dir, catch_signals, count_micro_batches,
-         accumulate_gradients
+New:     list_images, decode, shrink, pack_images, crop, PackedImages, image_stats, worker_init,
+         load_batches, conv, shortcut, BasicBlock, Bottleneck, compile_model, update_ema,
+         write_file, save_checkpoint, read_checkpoint, load_checkpoint, lock_folder, open_out_dir,
+         catch_signals, count_micro_batches, accumulate_gradients
 Changed: load_data, minibatches, augment, ResNet, make_optimizer, schedule, evaluate, train,
          parse_args
 Gone:    Block, Clock, print_times
@@ -17,8 +16,8 @@ an iteration depend on nothing but the seed and its number: a run that is killed
 with the weights of an uninterrupted one, bit for bit on a CPU, up to rounding on a GPU. predict.py
 classifies images with the best checkpoint.
 
-Each --recipe follows a published one, top-1 accuracy given, which differs by what is listed (and by
-reading the original images). Only the recipe tiny, for 64-pixel images on a CPU, has been run here:
+Each --recipe follows a published one. Listed are its top-1 accuracy and what it does differently
+(besides reading the original images). Only tiny, for 64-pixel images on a CPU, has been run here:
 90       76.1% (torchvision V1): 224 pixels, learning rate 0.1 per 256 images, divided by 10 every
          30 epochs, weight decay 1e-4 of all parameters, plain momentum, no label smoothing, no EMA
 100      78.1% (Wightman et al. 2021, A3): LAMB, binary cross-entropy, RandAugment, no label
@@ -46,7 +45,6 @@ import fcntl
 import hashlib
 import json
 import math
-import random
 import shutil
 import time
 from functools import partial
@@ -59,7 +57,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.io import decode_image, encode_jpeg
-from torchvision.transforms import v2
+from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms.v2.functional import resize, resized_crop, to_dtype
 from tqdm import tqdm
 
@@ -155,35 +153,21 @@ def pack_images(args, split, images):
     return pack, np.delete(rows, broken, axis=0)
 
 
-def random_crop(height, width, min_scale, rng):
-    """Return the box (top, left, height, width) of a crop with random place, area and aspect."""
-    for _ in range(10):
-        area = height * width * rng.uniform(min_scale, 1)
-        aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
-        if 0 < h <= height and 0 < w <= width:
-            return rng.randint(0, height - h), rng.randint(0, width - w), h, w
-    return center_crop(height, width, 1)
-
-
-def center_crop(height, width, fraction):
-    """Return the box of the central square whose side is a fraction of the shorter side."""
-    side = round(fraction * min(height, width))
-    return (height - side) // 2, (width - side) // 2, side, side
-
-
 def crop(args, image, key):
     """Return a resized crop of image (3, H, W): random with seed key, or central if key is None."""
     if key is None:
-        size, box = args.test_size, center_crop(*image.shape[1:], args.test_crop)
+        size, (height, width) = args.test_size, image.shape[1:]
+        side = round(args.test_crop * min(height, width))
+        box = (height - side) // 2, (width - side) // 2, side, side
     else:
         size = args.train_size
-        box = random_crop(*image.shape[1:], args.min_scale, random.Random(key))
+        torch.default_generator.manual_seed(key)  # faster than torch.manual_seed: only the CPU's
+        # A box (top, left, height, width) with random place, area and aspect ratio.
+        box = RandomResizedCrop.get_params(image, (args.min_scale, 1), (3 / 4, 4 / 3))
     image = resized_crop(image, *box, [size, size], antialias=True)  # (3, size, size)
-    if key is not None and (args.trivial_augment or args.random_erase):
-        torch.manual_seed(key)
-        if args.trivial_augment:
-            image = v2.TrivialAugmentWide()(image)
+    if key is not None and args.trivial_augment:
+        image = v2.TrivialAugmentWide()(image)
+    if key is not None and args.random_erase:
         image = v2.RandomErasing(args.random_erase)(image)  # a random rectangle becomes black
     return image
 
@@ -216,8 +200,8 @@ def load_data(args):
     if args.batch_size > (n := len(train_set.rows)):
         problem = f"--batch_size {args.batch_size} exceeds the {n} training images"
         raise argparse.ArgumentTypeError(problem)
-    size = max(args.train_size, args.test_size)
-    shared = 2 * args.num_workers * args.batch_size * 3 * size**2  # bytes: two minibatches each
+    values = 3 * (args.train_size**2 + args.test_size**2)  # evaluation starts its own workers
+    shared = 2 * args.num_workers * args.batch_size * values  # bytes: two minibatches per worker
     if os.path.isdir("/dev/shm") and shared > shutil.disk_usage("/dev/shm").free:
         problem = f"/dev/shm has no room for {shared / 2**30:.1f} GiB of decoded minibatches"
         raise OSError(f"{problem}: lower --num_workers, or give docker a larger --shm-size")
@@ -373,7 +357,7 @@ def compile_model(args, model):
     try:  # compilation happens at the first call: try it on a small function
         torch.compile(lambda x: x + 1)(torch.ones(1, device=args.device))
     except Exception as error:  # no C++ compiler, no Triton, an old GPU, ...
-        print(f"--compile falls back to eager mode: {str(error).strip().splitlines()[0]:.100}")
+        print(f"--compile falls back to eager mode: {error!r:.100}")
         return model
     return torch.compile(model)
 
@@ -397,7 +381,7 @@ def make_optimizer(args, model):
 
 def schedule(args, iter_num):
     """Return an iteration's learning rate: linear warm-up, then cosine decay to 0 (one cycle)."""
-    # Twice as large a minibatch: half the noise, half as many updates, twice the learning rate.
+    # The linear scaling rule (Goyal et al. 2017): the learning rate grows with the batch size.
     peak = args.learning_rate * args.batch_size / 256
     warmup_iters = min(args.warmup_iters, args.max_iters // 5)
     if iter_num < warmup_iters:
@@ -550,11 +534,13 @@ def setup_device(args):
 def count_micro_batches(args, device):
     """Return --n_micro_batches or, if it is 0, how many the GPU's memory requires.
 
-    For backward, ResNet-50 stores 27 MB of activations in bfloat16 per image of 176 pixels.
+    For backward, ResNet-50 stores 27 MB of activations in bfloat16 per image of 176 pixels, and
+    twice as many in float32.
     """
     n = max(1, args.n_micro_batches)
     if device.type == "cuda" and args.n_micro_batches == 0:
-        needed = 1.5 * 27e6 * args.batch_size * (args.train_size / 176) ** 2  # 50% for all else
+        image = (54e6 if args.dtype == "float32" else 27e6) * (args.train_size / 176) ** 2
+        needed = 1.5 * image * args.batch_size  # 50% for all else
         memory = 0.9 * torch.cuda.get_device_properties(device).total_memory
         while needed > n * memory and args.batch_size % (2 * n) == 0:
             n *= 2
@@ -665,7 +651,7 @@ def train(args, signals=None):
                 record["train_loss"] = state["loss_sum"].item() / (iter_num - last_eval)
             if iter_num > start_iter:
                 passed = time.perf_counter() - since
-                record["data_share"] = waited / passed  # the fraction spent waiting for images
+                record["data_share"] = waited / passed  # the CPU waited; a GPU may have computed
                 record["images_per_second"] = (iter_num - since_iter) * args.batch_size / passed
             record |= evaluate(args, ema, val_set, stats)
             log_metrics(args, record)
@@ -740,13 +726,13 @@ def parse_args(argv=None):
     data_dir = Path(os.environ.get("DATA_DIR", Path(__file__).parents[1] / "data")) / "imagenet"
     flag("--data_dir", type=Path, default=data_dir, help="directory that holds train/ and val/")
     flag("--cache_dir", type=Path, help="for the packed images; None: cache/ in --data_dir")
-    flag("--pack_size", type=number(int, 0), default=256, help="their shorter side; 0: any")
+    flag("--pack_size", type=number(int, 0), default=256, help="shorter side at most; 0: any size")
     flag("--batch_size", type=number(int, 2), default=1024, help="images per minibatch")
     flag("--n_micro_batches", type=number(int, 0), default=0, help="0: as the GPU's memory needs")
     flag("--train_size", type=number(int, 8), default=176, help="height and width in training")
     flag("--test_size", type=number(int, 8), default=224, help="height and width in evaluation")
     flag("--test_crop", type=number(float, 0.1, 1), default=0.875, help="share of the shorter side")
-    flag("--min_scale", type=number(float, 1e-3, 1), default=0.08, help="random crop's least area")
+    flag("--min_scale", type=number(float, 1e-3, 1), default=0.08, help="least area of a crop")
     flag("--trivial_augment", action="store_true", help="one random TrivialAugment per image")
     flag("--random_erase", type=number(float, 0, 1), default=0.0, help="probability, usually 0.1")
     flag("--mixup", type=number(float, 0), default=0.0, help="alpha, usually 0.1 to 0.4; 0: off")
@@ -754,7 +740,7 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("model").add_argument
     flag("--depth", type=int, choices=list(N_BLOCKS), default=50, help="layers with weights")
     flag("--small_stem", action="store_true", help="first convolution 3x3, for 64-pixel images")
-    flag("--init_from", choices=("scratch", "resume"), default="scratch", help="or last.pt")
+    flag("--init_from", choices=("scratch", "resume"), default="scratch", help="resume: last.pt")
     flag = parser.add_argument_group("optimizer").add_argument
     flag("--recipe", choices=list(RECIPES), default="90", help="other defaults: see train.py")
     flag("--epochs", type=number(float, 0), default=90, help="passes over the training images")
