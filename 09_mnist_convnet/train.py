@@ -82,7 +82,7 @@ class ConvNet(nn.Module):
 
     def __init__(self, n_classes, dropout):
         super().__init__()
-        self.conv_1 = nn.Conv2d(1, 16, 5, padding=2)
+        self.conv_1 = nn.Conv2d(1, 16, 5, padding=2)  # padding 2 keeps height and width
         self.conv_2 = nn.Conv2d(16, 32, 5, padding=2)
         self.hidden = nn.Linear(32 * 7 * 7, 128)
         self.out = nn.Linear(128, n_classes)
