@@ -125,7 +125,7 @@ class CausalSelfAttention(nn.Module):
         if self.sdpa or cache is not None:  # a single new position sees all positions in the cache
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=T > 1)
         else:
-            # With q and k of variance 1, q . k has D: divide by sqrt(D), or softmax saturates.
+            # If q and k have variance 1, q . k has variance D: unscaled, softmax saturates.
             scores = q @ k.mT / math.sqrt(C // self.n_head)  # (B, H, T, T)
             mask = x.new_ones(T, T, dtype=torch.bool).tril()  # position t sees positions 0 to t
             y = F.dropout(scores.masked_fill(~mask, -math.inf).softmax(dim=3), p) @ v
@@ -252,7 +252,7 @@ class Muon(torch.optim.Optimizer):
             for shape in dict.fromkeys(p.shape for p in params):
                 same = [i for i, p in enumerate(params) if p.shape == shape]
                 x = orthogonalize(torch.stack([updates[i] for i in same])).to(params[0].dtype)
-                scale = 0.2 * math.sqrt(max(shape))  # to AdamW's size, for one learning rate
+                scale = 0.2 * math.sqrt(max(shape))  # RMS 0.2, like AdamW's: one learning rate
                 torch._foreach_add_([params[i] for i in same], x.unbind(), alpha=-lr * scale)
 
 
@@ -323,7 +323,7 @@ def generate(args, model, ids, use_cache=True):
             kth = logits.topk(min(args.top_k, logits.shape[1])).values[:, -1:]  # (B, 1)
             logits[logits < kth] = -math.inf
         p = (logits / max(args.temperature, 1e-6)).softmax(dim=1)
-        ids = torch.cat([ids, torch.multinomial(p, 1, generator=generator)], dim=1)  # (1, N + 1)
+        ids = torch.cat([ids, torch.multinomial(p, 1, generator=generator)], dim=1)  # (B, N + 1)
     model.train()
     return ids
 

@@ -2,8 +2,7 @@
 
 Prints what train.py would need: FLOPs, hours and cost, memory per GPU with DDP and with FSDP, the
 bytes that the GPUs exchange, checkpoints, and the loss that scaling laws predict. --mfu, --price,
---network and --disk are assumptions: measure them in a short run. Memory is that of eager mode:
-compiled, the loss needs less of it.
+--network and --disk are assumptions: measure them in a short run. Memory is that of eager mode.
 Source:  Hoffmann et al. 2022, "Training compute-optimal large language models" (Chinchilla);
          Besiroglu et al. 2024, "Chinchilla scaling: a replication attempt"; Korthikanti et al.
          2022, "Reducing activation recomputation" (memory); Thakur et al. 2005 (ring all-reduce).
@@ -74,8 +73,7 @@ def memory_by_part(args, sizes, parallel):
     if args.recompute:  # the inputs of all blocks, and all of the block that is computed again
         kept = 4 * (args.n_layer - 1) + 36 + 6
     memory["activations"] = kept * tokens * args.n_embd
-    # In float32: the log-softmax of the logits, its gradient, and the gradient of the logits.
-    memory["logits"] = (4 + 4 + 4) * tokens * args.vocab_size
+    memory["logits"] = 2 * tokens * args.vocab_size  # in 16 bits; their gradient takes their place
     return memory
 
 

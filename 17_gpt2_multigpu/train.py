@@ -10,13 +10,13 @@ Changed: encode, load_data, minibatches, CausalSelfAttention, MLP, evaluate, sam
 Gone:    read_text
 
 Data parallelism: torchrun starts one process per GPU, each computes the gradient on its own part of
-the batch, and the gradients are averaged: every number is the same as in one process with the whole
-batch. Gradient accumulation makes a batch of any size from micro-batches that fit into memory. A
-run may be killed at any moment: --init_from resume, or torchrun --max-restarts, continues it (on a
-CPU bit for bit; some kernels of a GPU add in no fixed order). prepare.py tokenizes the text to
-train on; sample.py, hellaswag.py and export_hf.py use the trained model. nanoGPT's recipe, which
-reaches a loss of 2.85, trains with --no-bias --skip_zscore 0. On a CPU, a run is a quarter shorter
-if glibc keeps freed memory: set the environment variables MALLOC_MMAP_MAX_=0 and
+the batch, and the gradients are averaged: up to rounding, every number is that of one process with
+the whole batch. Gradient accumulation makes a batch of any size from micro-batches that fit into
+memory. A run may be killed at any moment: --init_from resume, or torchrun --max-restarts, continues
+it (on a CPU bit for bit; some kernels of a GPU add in no fixed order). prepare.py tokenizes the
+text to train on; sample.py, hellaswag.py and export_hf.py use the trained model. nanoGPT's recipe,
+which reaches a loss of 2.85, trains with --no-bias --skip_zscore 0. On a CPU, a run is a quarter
+shorter if glibc keeps freed memory: set the environment variables MALLOC_MMAP_MAX_=0 and
 MALLOC_TRIM_THRESHOLD_=2147483647.
 
 Try:     --init_from gpt2 --eval_only (what is the loss of OpenAI's weights on this text?)
@@ -292,13 +292,14 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets):
         ctx.save_for_backward(logits, targets)
-        chunks = zip(logits.split(64), targets.split(64))  # which fit into the cache of a CPU
+        ctx.n = 64 if logits.is_cpu else 1024  # rows that fit into a cache; few kernels on a GPU
+        chunks = zip(logits.split(ctx.n), targets.split(ctx.n))
         return sum(F.cross_entropy(z.float(), y, reduction="sum") for z, y in chunks)
 
     @staticmethod
     def backward(ctx, grad):
         logits, targets = ctx.saved_tensors
-        for z, y in zip(logits.split(64), targets.split(64)):
+        for z, y in zip(logits.split(ctx.n), targets.split(ctx.n)):
             dz = z.softmax(1, dtype=torch.float32)
             dz[torch.arange(len(y), device=y.device), y.clip(0)] -= 1  # softmax - one-hot
             z.copy_(dz * (grad * (y >= 0))[:, None])
@@ -417,7 +418,7 @@ class Muon(torch.optim.Optimizer):
             for shape in dict.fromkeys(p.shape for p in params):
                 same = [i for i, p in enumerate(params) if p.shape == shape]
                 x = orthogonalize(torch.stack([updates[i] for i in same])).to(params[0].dtype)
-                scale = 0.2 * math.sqrt(max(shape))  # to AdamW's size, for one learning rate
+                scale = 0.2 * math.sqrt(max(shape))  # RMS 0.2, like AdamW's: one learning rate
                 torch._foreach_add_([params[i] for i in same], x.unbind(), alpha=-lr * scale)
 
 
@@ -495,7 +496,7 @@ def generate(args, model, ids, use_cache=True):
             kth = logits.topk(min(args.top_k, logits.shape[1])).values[:, -1:]  # (B, 1)
             logits[logits < kth] = -math.inf
         p = (logits / max(args.temperature, 1e-6)).softmax(dim=1)
-        ids = torch.cat([ids, torch.multinomial(p, 1, generator=generator)], dim=1)  # (1, N + 1)
+        ids = torch.cat([ids, torch.multinomial(p, 1, generator=generator)], dim=1)  # (B, N + 1)
     model.train()
     return ids
 
@@ -944,8 +945,8 @@ def train(args, signals=None):
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
         orphaned = dist.is_initialized() and os.getppid() != parent  # torchrun was killed
         # One all-reduce and one wait for the GPU per update.
-        flags = [bool(signals) or orphaned, time.perf_counter() - since > SAVE_SECONDS]
-        totals = all_sum([loss, gather_full(grad_norm), *flags], device)
+        requests = [bool(signals) or orphaned, time.perf_counter() - since > SAVE_SECONDS]
+        totals = all_sum([loss, gather_full(grad_norm), *requests], device)
         loss, grad_norm, stop_requested, save_due = (total / args.world_size for total in totals)
         skip = should_skip(args, iter_num, loss, grad_norm, losses)
         for optimizer in optimizers.values():
