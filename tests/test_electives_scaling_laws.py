@@ -166,6 +166,31 @@ def test_fit_is_least_squares_on_logs():
     assert law.scale == pytest.approx((y.mean() - slope * x.mean()).exp().item(), rel=1e-5)
 
 
+def test_fit_recovers_a_planted_irreducible_loss():
+    x = np.array([10, 100, 1000, 40**2.5])  # at the last one, half of the loss is irreducible
+    law = scaling.PowerLaw(list(zip(x, 0.05 + 2 * x**-0.4)), has_floor=True)
+    assert (law.floor, law.exponent, law.scale) == pytest.approx((0.05, -0.4, 2))
+    assert law(1e9) == pytest.approx(0.05 + 2 * 1e9**-0.4)
+    assert law.interval()[0] == pytest.approx(-0.4, abs=0.01)  # fitted with a floor as well
+    straight = scaling.PowerLaw(law.points)
+    assert straight.floor == 0 and straight.exponent > -0.35 and straight(1e9) < 0.01
+    straight = scaling.PowerLaw(list(zip(x, 2 * x**-0.4)), has_floor=True)
+    assert (straight.floor, straight.exponent) == pytest.approx((0, -0.4))
+
+
+def test_the_floor_is_the_one_with_the_least_squared_error_of_log_losses():
+    rng = np.random.default_rng(3)
+    x = 2.0 ** np.arange(9)
+    y = (0.2 + x**-0.5) * np.exp(0.05 * rng.standard_normal(9))
+    law = scaling.PowerLaw(list(zip(x, y)), has_floor=True)
+    errors = []
+    for floor in y.min() * np.arange(100) / 100:
+        slope, intercept = np.polyfit(np.log(x), np.log(y - floor), 1)
+        errors.append(sum((np.log(floor + math.exp(intercept) * x**slope) - np.log(y)) ** 2))
+    assert 0 < np.argmin(errors) < 99
+    assert law.floor == pytest.approx(y.min() * np.argmin(errors) / 100)
+
+
 def test_intervals_cover_the_planted_exponent():
     rng = np.random.default_rng(1)
     x = np.repeat(2.0 ** np.arange(7), 2)
@@ -428,7 +453,8 @@ def test_the_study_finds_planted_laws_and_predicts_before_it_runs(study, capsys)
     y = np.log([planted(w, 6000) for w in (2, 3, 4, 5, 6)])
     assert final["L(N)"] == pytest.approx(np.polyfit(x, y, 1)[0], abs=1e-6)
     assert final["N(C)"] == pytest.approx(0.5 / 1.25, abs=0.1)
-    assert final["L(C)"] == pytest.approx(-0.75 * 0.5 / 1.25, abs=0.02)
+    assert final["L(C)"] == pytest.approx(-0.75 * 0.5 / 1.25, abs=0.05)
+    assert final["irreducible_loss"] < 0.2 * final["measured_loss"]  # none is planted
 
     # The largest run takes the budget that --growth says, and a network of the best size.
     prediction = json.loads((study.out_dir / "prediction.json").read_text())
@@ -450,6 +476,7 @@ def test_the_study_finds_planted_laws_and_predicts_before_it_runs(study, capsys)
     assert lines[starts.index("measured:")].startswith(measured)
     for name in ("L(N)", "L(D)", "L(C)", "N(C)"):
         assert any(line.startswith(f"{name}: exponent {final[name]:.3f}, 95%") for line in lines)
+    assert f"irreducible loss: {final['irreducible_loss']:.4f}" in lines
 
 
 def test_the_network_of_a_budget_is_the_one_nearest_to_the_best_size(study):
@@ -464,11 +491,12 @@ def test_the_network_of_a_budget_is_the_one_nearest_to_the_best_size(study):
         )
     points = scaling.compute_optimal(curves)
     n = scaling.PowerLaw([(c, n) for c, n, _ in points])(final["flops"])
-    law = scaling.PowerLaw([(c, loss) for c, _, loss in points])
+    law = scaling.PowerLaw([(c, loss) for c, _, loss in points], has_floor=True)
     distances = [abs(math.log(scaling.count_params(w) / n)) for w in range(1, 60)]
     assert final["width"] == 1 + np.argmin(distances)
     assert final["predicted_loss"] == pytest.approx(law(final["flops"]))
     assert final["L(C)"] == pytest.approx(law.exponent)
+    assert final["irreducible_loss"] == pytest.approx(law.floor)
 
 
 def test_the_prediction_does_not_know_the_largest_run(study):
@@ -625,7 +653,7 @@ def test_the_picture_shows_points_laws_and_the_largest_run(tmp_path, monkeypatch
     real = scaling.Figure
     monkeypatch.setattr(scaling, "Figure", lambda **k: figures.append(real(**k)) or figures[-1])
     points = {name: [(10, 2.0), (1000, 1.0)] for name in ("L(N)", "L(D)", "L(C)", "N(C)")}
-    laws = {name: scaling.PowerLaw(points[name]) for name in points}
+    laws = {name: scaling.PowerLaw(points[name], name == "L(C)") for name in points}
     curves = {
         name: [{"flops": c, "test_loss": loss} for c in (100, 20000)]
         for name, loss in (("width_2", 3.0), ("largest", 0.5))
@@ -642,6 +670,7 @@ def test_the_picture_shows_points_laws_and_the_largest_run(tmp_path, monkeypatch
         assert line[:, 1] == pytest.approx(laws[name](line[:, 0]))
         labels = " ".join(text.get_text() for text in axis.get_legend().get_texts())
         assert f"exponent {laws[name].exponent:.2f} (" in labels
+        assert ("irreducible loss 0.000" in labels) == (name == "L(C)")
         assert ([[20000, 0.5]] in lines) == (name == "L(C)")
         assert ([[100, 3], [20000, 3]] in lines) == (name == "L(C)")
 
