@@ -8,10 +8,10 @@ Gone:    split_words, join_words, windows, OptaxOptimizer
 
 The same transformer on characters, with nanoGPT's initialization and without biases. Muon
 orthogonalizes the momentum of every hidden matrix: all singular values of its update are about
-equal, and far fewer iterations are needed than with AdamW (--optimizer adamw: nanoGPT's recipe).
-SDPA, torch's scaled_dot_product_attention, computes step 13's attention in one kernel that never
-stores the T x T matrix of scores. Sampling keeps the keys and values of earlier positions in a
-cache. Compare val_loss, over the whole validation text, with nanoGPT's: the dashed line is its
+equal, and far fewer iterations are needed than with AdamW (--optimizer adamw: nanoGPT's recipe). On
+a GPU, SDPA, torch's scaled_dot_product_attention, computes step 13's attention in one kernel that
+never stores the T x T matrix of scores. Sampling keeps the keys and values of earlier positions in
+a cache. Compare val_loss, over the whole validation text, with nanoGPT's: the dashed line is its
 recipe for CPUs, the dotted one its recipe for GPUs, on an A100. The README has the command that
 goes below the dotted line on two CPU cores.
 
@@ -246,6 +246,7 @@ class Muon(torch.optim.Optimizer):
             params, lr, momentum = group["params"], group["lr"], group["momentum"]
             grads = [p.grad for p in params]
             buffers = [self.state[p]["momentum_buffer"] for p in params]
+            # _foreach: for all tensors at once. lerp(a, b, w) = a + w (b - a); Nesterov momentum.
             torch._foreach_lerp_(buffers, grads, 1 - momentum)
             updates = torch._foreach_lerp(grads, buffers, momentum)
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])

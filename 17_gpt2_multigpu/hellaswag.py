@@ -90,7 +90,7 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except torch.OutOfMemoryError:
-        print("hellaswag.py: error: out of GPU memory", file=sys.stderr)
+        print("hellaswag.py: error: out of GPU memory: lower --batch_size", file=sys.stderr)
         sys.exit(2)
     except (argparse.ArgumentTypeError, MemoryError, OSError) as error:
         print(f"hellaswag.py: error: {error}".replace("\n", " "), file=sys.stderr)

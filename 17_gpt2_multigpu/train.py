@@ -412,6 +412,7 @@ class Muon(torch.optim.Optimizer):
             params, lr, momentum = group["params"], group["lr"], group["momentum"]
             grads = [p.grad for p in params]
             buffers = [self.state[p]["momentum_buffer"] for p in params]
+            # _foreach: for all tensors at once. lerp(a, b, w) = a + w (b - a); Nesterov momentum.
             torch._foreach_lerp_(buffers, grads, 1 - momentum)
             updates = torch._foreach_lerp(grads, buffers, momentum)
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
@@ -867,8 +868,8 @@ def train(args, signals=None):
     forward = parallelize(args, model, device)
 
     def batch_loss(x, y, reduction="mean"):
-        logits, y = forward(x).flatten(0, 1), y.flatten()
-        if args.compile:  # the compiler fuses these operations
+        logits, y = forward(x).flatten(0, 1), y.flatten()  # (B * T, V), (B * T,)
+        if torch.compiler.is_compiling():  # it fuses these operations
             return F.cross_entropy(logits.float(), y, reduction=reduction)
         loss = CrossEntropy.apply(logits, y)
         return loss / len(y) if reduction == "mean" else loss
