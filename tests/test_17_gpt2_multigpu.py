@@ -1552,8 +1552,25 @@ def test_without_a_compiler_it_says_so_and_goes_on(small_data, tmp_path, monkeyp
         raise RuntimeError("no C++ compiler")
 
     monkeypatch.setattr(torch, "compile", broken)
-    assert run(small_data, tmp_path, "--compile")["iter"] == 6
+    real, rows = F.cross_entropy, []
+
+    def spy(logits, *given, **options):
+        rows.append(len(logits))
+        return real(logits, *given, **options)
+
+    monkeypatch.setattr(F, "cross_entropy", spy)
+    assert run(small_data, tmp_path, "--compile", "--batch_size", 8)["iter"] == 6
     assert "no C++ compiler" in capsys.readouterr().out
+    assert max(rows) == 64  # of 8 x 16: not all logits in float32 at once
+
+
+def test_the_compiler_sees_torchs_cross_entropy(small_data, tmp_path, monkeypatch):
+    """It is traced, but not compiled, which would take long."""
+    expected = run(small_data, tmp_path / "a", "--max_iters", 1)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.delattr(step, "CrossEntropy")
+    found = run(small_data, tmp_path / "b", "--max_iters", 1, "--compile")
+    assert found["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-5)
 
 
 def test_best_is_the_checkpoint_of_the_lowest_loss(small_data, tmp_path, monkeypatch):
