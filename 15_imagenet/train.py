@@ -124,7 +124,7 @@ def pack_images(args, split, images):
     with pack_file, index_file:
         fcntl.flock(pack_file, fcntl.LOCK_EX)  # another run that packs the same images waits here
         rows = np.fromfile(index, np.int64, index.stat().st_size // 16 * 2).reshape(-1, 2)
-        rows = rows[rows[:, 0] <= pack.stat().st_size]
+        rows = rows[rows[:, 0] <= pack.stat().st_size]  # a kill may have cut the pack short
         end = int(rows[-1, 0]) if len(rows) else 0
         pack_file.truncate(end)
         index_file.truncate(rows.nbytes)
