@@ -45,6 +45,19 @@ def keep_checkpoints(folder):
     path.write_text(text.replace("'ckpt.pt'))", "f'{iter_num}.pt'))"))
 
 
+def draw(ours, theirs, path):
+    """Draw two curves of (minutes, loss) into a PNG file."""
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    axis.plot(*zip(*theirs), marker=".", label="nanoGPT's GPU recipe")
+    axis.plot(*zip(*ours), marker=".", label="step 16")
+    axis.axhline(1.4697, color="gray", linestyle="--", label="nanoGPT's GPU recipe: final loss on an A100")
+    axis.set(xlabel="minutes on this machine", ylabel="validation loss (nats per character)")
+    axis.set(ylim=(1.4, 3.4))
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=80)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nanogpt", type=Path, required=True, help="a checkout of nanoGPT")
@@ -70,15 +83,7 @@ def main():
             loss = exact_loss(load_nanogpt(folder, "cpu"), folder)
             theirs.append((int(path.stem) * seconds / 60, loss))
             print(f"nanoGPT, {theirs[-1][0]:.1f} min: {loss:.4f}", flush=True)
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    axis.plot(*zip(*theirs), marker=".", label="nanoGPT's GPU recipe")
-    axis.plot(*zip(*ours), marker=".", label="step 16")
-    axis.axhline(1.4697, color="gray", linestyle="--", label="nanoGPT's GPU recipe, on an A100")
-    axis.set(xlabel="minutes on this machine", ylabel="validation loss (nats per character)")
-    axis.set(ylim=(1.4, 3.4))
-    axis.grid(alpha=0.3)
-    axis.legend()
-    figure.savefig(Path(__file__).with_name("minutes.png"), dpi=80)
+    draw(ours, theirs, Path(__file__).with_name("minutes.png"))
     row(f"validation loss after {ours[-1][0]:.0f} min", ours[-1][1], theirs[-1][1])
 
 
