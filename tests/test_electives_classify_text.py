@@ -359,6 +359,17 @@ def test_residual_projections_start_small():
             assert part.weight.std().item() == pytest.approx((3 * 128) ** -0.5, rel=0.05)
 
 
+def test_the_ensemble_is_the_mean_of_different_networks():
+    model = classify.Ensemble(small_args("--n_models", "3"), vocab_size=30).eval()
+    x = random_verses(20)
+    logits = [network(x) for network in model.networks]
+    torch.testing.assert_close(model(x), sum(logits) / 3)
+    words = [network.word_logits(x) for network in model.networks]
+    torch.testing.assert_close(model.word_logits(x), sum(words) / 3)
+    for i in range(3):
+        assert not torch.allclose(logits[i], logits[i - 1], atol=1e-3)
+
+
 # ---------- evaluation ----------
 
 
@@ -495,7 +506,7 @@ def test_training_is_adamw_with_warm_up_cosine_and_decay_of_matrices(tmp_path, m
     final = classify.train(args)
     assert set(evaluated) == {"val", "test"}
     first, trained = params
-    model = classify.Encoder(args, len(sets[3]))
+    model = classify.Ensemble(args, len(sets[3]))
     groups = [{"params": [], "weight_decay": 3.0}, {"params": [], "weight_decay": 0.0}]
     for p, value in zip(model.parameters(), first):
         p.data = value
@@ -505,10 +516,11 @@ def test_training_is_adamw_with_warm_up_cosine_and_decay_of_matrices(tmp_path, m
         for group in optimizer.param_groups:
             group["lr"] = 0.01 * (i / 4 if i < 4 else (1 + math.cos(math.pi * (i - 4) / 8)) / 2)
         optimizer.zero_grad()
-        (-model(x).log_softmax(dim=1)[range(len(y)), y].mean()).backward()
+        for network in model.networks:  # each learns by itself
+            (-network(x).log_softmax(dim=1)[range(len(y)), y].mean()).backward()
         optimizer.step()
     assert len(batches) == 12
-    other = classify.Encoder(args, len(sets[3]))
+    other = classify.Ensemble(args, len(sets[3]))
     for p, value in zip(other.parameters(), trained):
         p.data = value
     torch.testing.assert_close(other.eval()(x), model.eval()(x), rtol=1e-3, atol=1e-3)
