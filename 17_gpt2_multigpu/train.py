@@ -285,8 +285,8 @@ class GPT(nn.Module):
 class CrossEntropy(torch.autograd.Function):
     """Sum of the losses of logits (N, V) with targets (N,); a target of -100 does not count.
 
-    F.cross_entropy keeps the logits in float32 and their log-softmax for backward. Here they exist
-    for a few rows at a time, and backward replaces the logits by their gradient.
+    F.cross_entropy makes several float32 tensors of the logits' size, of which it keeps one for
+    backward. Here they exist for a few rows at a time, and the gradient replaces the logits.
     """
 
     @staticmethod
