@@ -1088,7 +1088,10 @@ if __name__ == "__main__":
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one line per machine
             print(f"train.py: error: {error}".replace("\n", " "), file=sys.stderr)
         sys.exit(2)
+    exit_code = 128 + signals[0] if signals else 0  # by convention: 130 after Ctrl-C
     if dist.is_initialized():  # not after a failure: NCCL would wait here for the other processes
         dist.destroy_process_group()
-    if signals:
-        sys.exit(128 + signals[0])  # by convention: 130 after Ctrl-C, 143 after SIGTERM
+        print(end="", flush=True)
+        # DTensor's caches keep the group's threads alive, which can crash Python's own exit.
+        os._exit(exit_code)
+    sys.exit(exit_code)

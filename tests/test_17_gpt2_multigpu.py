@@ -123,8 +123,8 @@ def command(data, out_dir, *flags, processes=1, restarts=0):
     return [sys.executable, *(torchrun if processes > 1 or restarts else []), *script]
 
 
-def spawn(*args, check=True, **kwargs):
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+def spawn(*args, check=True, env=(), **kwargs):
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | dict(env)
     result = subprocess.run(
         command(*args, **kwargs), env=env, capture_output=True, text=True, timeout=240
     )
@@ -981,12 +981,24 @@ def test_accumulation_changes_nothing(small_data, tmp_path):
     assert np.allclose(losses_of(tmp_path / "a"), losses_of(tmp_path / "b"), atol=1e-5)
 
 
+THREADS_AT_EXIT = """
+import atexit, pathlib, sys
+names = lambda: [path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
+atexit.register(lambda: print(*names(), file=sys.stderr))
+"""
+
+
 @pytest.mark.parametrize(
     "flags", [("--optimizer", "adamw"), ("--parallel", "fsdp", "--optimizer", "muon")]
 )
 def test_two_processes_are_one_with_twice_the_accumulation(flags, small_data, tmp_path):
     run(small_data, tmp_path / "one", *flags[-2:])
-    result = spawn(small_data, tmp_path / "two", *flags, processes=2)
+    # Each process writes down which threads of its process group are still there when Python exits.
+    (tmp_path / "sitecustomize.py").write_text(THREADS_AT_EXIT)
+    result = spawn(
+        small_data, tmp_path / "two", *flags, processes=2, env={"PYTHONPATH": str(tmp_path)}
+    )
+    assert "pt_gloo_runloop" not in result.stderr  # they would abort the process now and then
     assert np.allclose(losses_of(tmp_path / "one"), losses_of(tmp_path / "two"), atol=1e-5)
     assert result.stdout.count("iter 6") == 1  # one of them speaks
     one, two = (checkpoint(tmp_path / name) for name in ("one", "two"))
