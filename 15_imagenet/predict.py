@@ -3,8 +3,14 @@
 For every image: the five most likely classes and their probabilities, by the averaged weights.
 """
 
-import argparse
+import os
+import signal
 import sys
+
+if __name__ == "__main__":  # Ctrl-C ends the run with exit code 130, also during the imports below
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+import argparse
 from pathlib import Path
 
 import numpy as np

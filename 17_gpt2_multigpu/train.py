@@ -687,6 +687,8 @@ def setup_device(args):
         raise argparse.ArgumentTypeError("--device cuda: torch finds no GPU here; use --device cpu")
     device = torch.device(args.device)
     if args.device == "cuda":
+        if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
+            raise argparse.ArgumentTypeError("fewer GPUs than processes: lower --nproc_per_node")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     by_torchrun = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
@@ -755,8 +757,9 @@ def parallelize(args, model, device):
 
 
 # Dense bfloat16 TFLOP/s (V100, T4: float16), from NVIDIA's data sheets; the first match counts.
-PEAK_TFLOPS = {"B200": 2250, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989}
-PEAK_TFLOPS |= {"GH200": 989, "A100": 312, "L40S": 362, "L4": 121, "V100": 125, "T4": 65}
+PEAK_TFLOPS = {"B200": 2250, "H100 PCIe": 756, "H100 NVL": 835, "H200 NVL": 835}
+PEAK_TFLOPS |= {"H100": 989, "H200": 989, "GH200": 989, "A100": 312}
+PEAK_TFLOPS |= {"L40S": 362, "L4": 121, "V100": 125, "T4": 65}
 
 
 def measure_speed(args, tokens, seconds, device):

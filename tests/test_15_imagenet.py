@@ -806,25 +806,29 @@ def test_the_default_minibatch_fits_into_the_memory(step, monkeypatch, gib, n):
     assert step.count_micro_batches(step.parse_args([]), cpu) == 1
 
 
-@pytest.mark.parametrize(("train_size", "dtype"), [(176, "float32"), (224, "bfloat16")])
+@pytest.mark.parametrize(
+    ("train_size", "dtype", "depth"),
+    [(176, "float32", 50), (224, "bfloat16", 34), (160, "bfloat16", 101)],
+)
 @pytest.mark.parametrize(("share", "n"), [(0.999, 1), (1.001, 2), (3.999, 4), (4.001, 8)])
 def test_micro_batches_fit_into_nine_tenths_of_the_memory(
-    step, monkeypatch, train_size, dtype, share, n
+    step, monkeypatch, train_size, dtype, depth, share, n
 ):
-    bytes_per_image = 54e6 if dtype == "float32" else 27e6
+    bytes_per_image = (40e6 if depth == 101 else 27e6) * (2 if dtype == "float32" else 1)
     needed = 1.5 * bytes_per_image * 1000 * (train_size / 176) ** 2  # for 1000 images
     memory = types.SimpleNamespace(total_memory=needed / 0.9 / share)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
     sizes = ["--batch_size", "1000", "--train_size", str(train_size)]
-    args = step.parse_args([*sizes, "--dtype", dtype])
+    args = step.parse_args([*sizes, "--dtype", dtype, "--depth", str(depth)])
     assert step.count_micro_batches(args, torch.device("cuda")) == n
     memory.total_memory /= 100  # 1000 images can be halved three times
     assert step.count_micro_batches(args, torch.device("cuda")) == 8
 
 
-def test_activations_of_resnet50_take_the_memory_that_is_assumed(step):
-    """What autograd stores for backward: 27 MB per image of 176 pixels, here of 88 pixels."""
-    model, stored = step.ResNet(50, 1000).to(memory_format=torch.channels_last), {}
+@pytest.mark.parametrize(("depth", "megabytes"), [(50, 27), (101, 40)])
+def test_activations_take_the_memory_that_is_assumed(step, depth, megabytes):
+    """What autograd stores for backward per image of 176 pixels, here of 88 pixels."""
+    model, stored = step.ResNet(depth, 1000).to(memory_format=torch.channels_last), {}
     known = {t.untyped_storage().data_ptr() for t in model.state_dict().values()}
 
     def pack(tensor):
@@ -836,9 +840,10 @@ def test_activations_of_resnet50_take_the_memory_that_is_assumed(step):
     bfloat16 = torch.autocast("cpu", torch.bfloat16)
     with bfloat16, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(torch.rand(8, 3, 88, 88).to(memory_format=torch.channels_last))
-    # The weights are cast once, whatever the number of images: 2 bytes for each of 25.6 million.
-    per_image = (sum(n for n, _ in stored.values()) - 51e6) / 8
-    assert per_image * 4 == pytest.approx(27e6, rel=0.1)
+    # The weights are cast once, whatever the number of images: 2 bytes for each.
+    weights = 2 * sum(p.numel() for p in model.parameters())
+    per_image = (sum(n for n, _ in stored.values()) - weights) / 8
+    assert per_image * 4 == pytest.approx(megabytes * 1e6, rel=0.1)
 
 
 def metrics(out_dir):

@@ -855,6 +855,7 @@ def test_mfu_is_the_share_of_the_peak_and_else_unknown(small_data, tmp_path):
         ("NVIDIA H100 PCIe", 756),
         ("NVIDIA H100 NVL", 835),
         ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835),
         ("NVIDIA GH200 480GB", 989),
         ("NVIDIA B200", 2250),
         ("NVIDIA L40S", 362),
@@ -888,6 +889,7 @@ def test_the_peak_is_the_devices(name, tflops, monkeypatch):
 def test_each_process_has_its_own_gpu_and_the_fastest_dtype(native, monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     supported = lambda including_emulation=True: native or including_emulation  # noqa: E731
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
@@ -900,6 +902,9 @@ def test_each_process_has_its_own_gpu_and_the_fastest_dtype(native, monkeypatch)
         assert step.setup_device(args) == torch.device("cuda", int(rank or 0)) == chosen[-1]
         assert args.dtype == ("bfloat16" if native else "float16")  # T4 and V100 emulate bfloat16
         assert (args.rank, args.world_size) == (0, 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")  # the fifth would have no GPU
+    with pytest.raises(argparse.ArgumentTypeError, match="--nproc_per_node"):
+        step.setup_device(args)
 
 
 @pytest.mark.parametrize(

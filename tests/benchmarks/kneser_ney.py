@@ -1,9 +1,13 @@
 """Modified Kneser-Ney n-gram models of orders 1 to 5 on the task of steps 11 to 13.
 
-    python tests/benchmarks/kneser_ney.py [--input FILE] [--max_order 5]
+    python tests/benchmarks/kneser_ney.py [--input FILE] [--max_order 5] [--mix]
+
+--mix also trains step 13, with its defaults, and evaluates the mixture of both: the mean of the
+probabilities that the transformer and the best n-gram model give to each word.
 
 Source: Chen and Goodman 1999, "An empirical study of smoothing techniques for language modeling"
-(interpolated, three discounts per order, estimated from the counts of counts).
+(interpolated, three discounts per order, estimated from the counts of counts); Bengio et al. 2003,
+"A neural probabilistic language model" (the mixture with equal weights).
 """
 
 import argparse
@@ -11,14 +15,18 @@ import json
 import math
 import os
 import re
+import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import torch
 from table import row
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from steps import ROOT, load_step
 
 
 def load_words(path):
@@ -48,8 +56,8 @@ def ngram_ids(ids, vocab_size, max_order):
     return grams, contexts
 
 
-def perplexity(train, test, vocab_size, order):
-    """Perplexity of the test tokens; the first ones see the end of the training text."""
+def ngram_probabilities(train, test, vocab_size, order):
+    """Return the probability of each test word; the first ones see the end of the training text."""
     n = len(train)
     grams, contexts = ngram_ids(np.concatenate([train, test]), vocab_size, order)
     prob = np.full(len(test), 1 / vocab_size)
@@ -75,7 +83,37 @@ def perplexity(train, test, vocab_size, order):
         probability = (count[c] - discount[c]) / np.maximum(total[h], 1)
         backoff = taken[h] / np.maximum(total[h], 1)
         prob = np.where(seen, probability + backoff * prob, prob)
-    return np.exp(-np.log(prob).mean())
+    return prob
+
+
+def transformer_probabilities(path):
+    """Train step 13 on the same text; return the probability of each test word, and seconds."""
+    step, models = load_step("13_transformer"), []
+    GPT = step.GPT
+
+    def make(*args):
+        models.append(GPT(*args))
+        return models[-1]
+
+    step.GPT = make  # train returns no model
+    with tempfile.TemporaryDirectory() as folder:
+        args = step.parse_args(["--input", str(path), "--out_dir", folder])
+        seconds = step.train(args)["seconds"]
+    cross_entropy, losses = step.F.cross_entropy, []
+
+    def keep(logits, targets, reduction):
+        loss = cross_entropy(logits, targets, reduction="none")
+        losses.append(loss[targets >= 0])
+        return loss.sum()
+
+    step.F.cross_entropy = keep
+    step.evaluate(args, models[0], step.load_data(args)[1], "test")
+    step.F.cross_entropy = cross_entropy
+    return np.exp(-torch.cat(losses).double().numpy()), seconds
+
+
+def perplexity(probabilities):
+    return np.exp(-np.log(probabilities).mean())
 
 
 if __name__ == "__main__":
@@ -83,16 +121,23 @@ if __name__ == "__main__":
     data_dir = os.environ.get("DATA_DIR") or ROOT / "data"
     parser.add_argument("--input", default=Path(data_dir) / "shakespeare" / "input.txt")
     parser.add_argument("--max_order", type=int, default=5)
+    parser.add_argument("--mix", action="store_true", help="train step 13, and mix it in")
     args = parser.parse_args()
     train, test, vocab_size = load_words(args.input)
     print(f"{len(train):,} training words, {len(test):,} test words, vocabulary {vocab_size:,}")
     print(f"{'model':28s}  ratio to the best n-gram  perplexity  seconds")
-    rows = []
+    rows, probabilities = [], []
     for order in range(1, args.max_order + 1):
         start = time.perf_counter()
-        value = perplexity(train, test, vocab_size, order)
+        probabilities.append(ngram_probabilities(train, test, vocab_size, order))
+        value = perplexity(probabilities[-1])
         rows.append((f"Kneser-Ney, order {order}", value, time.perf_counter() - start))
     best = min(value for _, value, _ in rows)
+    if args.mix:
+        probability, seconds = transformer_probabilities(args.input)
+        rows.append(("step 13", perplexity(probability), seconds))
+        mixture = (probability + min(probabilities, key=perplexity)) / 2
+        rows.append(("step 13 and the best n-gram model", perplexity(mixture), seconds))
     for run in sorted(ROOT.glob("1[123]_*/out/metrics.jsonl")):  # finished runs, if there are any
         last = json.loads(run.read_text().splitlines()[-1])
         rows.append((run.parts[-3], math.exp(last["test_loss"]), last["seconds"]))
