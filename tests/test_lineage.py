@@ -147,6 +147,15 @@ def test_ctrl_c_is_handled_before_the_slow_imports(step):
     assert guard.startswith("if __name__ == '__main__':\n    signal.signal(signal.SIGINT, ")
 
 
+def test_ctrl_c_is_handled_in_the_scripts_beside_train_too():
+    scripts = {path for step in STEPS for path in (ROOT / step).glob("*.py")}
+    beside = [path for path in scripts if path.stem not in ("train", "plot")]
+    assert len(beside) >= 7
+    for path in beside:
+        before_the_slow_imports = path.read_text().split("\nimport argparse\n")[0]
+        assert "signal.signal(signal.SIGINT, lambda *_: os._exit(130))" in before_the_slow_imports
+
+
 @pytest.mark.parametrize("path", READ, ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_words_are_the_fields_own(path):
     text = re.sub(r"\s+(#\s)?\s*", " ", path.read_text())  # a phrase may be broken over two lines
