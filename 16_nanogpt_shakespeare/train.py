@@ -101,9 +101,9 @@ def minibatches(args, ids):
 class CausalSelfAttention(nn.Module):
     """Each position attends to itself and to the positions before it, (B, T, C) to (B, T, C).
 
-    Linear maps give each position a query q, a key k and a value v. The dot product of one's query
-    with another's key scores how relevant the other is; softmax turns the scores into weights of a
-    mean over the values. Each of H heads has its own q, k, v: a position can attend in H ways.
+    Linear maps give each position a query q, a key k and a value v. The dot product of position i's
+    query with position j's key scores how relevant j is to i; softmax turns the scores into weights
+    of a mean over the values. Each of H heads has its own q, k, v: a position can attend in H ways.
     """
 
     def __init__(self, args):

@@ -172,9 +172,9 @@ def fit_logistic_regression(verse, feature, y, n_features, penalty):
 class SelfAttention(nn.Module):
     """Each position attends to all words of its verse, before and after it, (B, T, C) to (B, T, C).
 
-    Linear maps give each position a query q, a key k and a value v. The dot product of one's query
-    with another's key scores how relevant the other is; softmax turns the scores into weights of a
-    mean over the values. Each of H heads has its own q, k, v: a position can attend in H ways.
+    Linear maps give each position a query q, a key k and a value v. The dot product of position i's
+    query with position j's key scores how relevant j is to i; softmax turns the scores into weights
+    of a mean over the values. Each of H heads has its own q, k, v: a position can attend in H ways.
     """
 
     def __init__(self, args):
