@@ -1285,8 +1285,10 @@ def test_other_bad_input_is_one_line(step, tree, tmp_path, monkeypatch):
 
 
 def test_shared_memory_must_hold_the_minibatches_of_the_workers(step, tree, tmp_path, monkeypatch):
-    args = flags(step, tree, tmp_path, "--num_workers", "2", "--batch_size", "8")
+    args = flags(step, tree, tmp_path, "--batch_size", "8")
     args.train_size, args.test_size = 10, 20
+    step.load_data(args)  # packs the images in this process: no fork of pytest, which has threads
+    args.num_workers = 2
     # Bytes: two minibatches per worker, and the workers of training and of evaluation together.
     needed = 2 * 2 * 8 * 3 * (10 * 10 + 20 * 20)
     real, free, isdir = shutil.disk_usage, {"/dev/shm": needed}, os.path.isdir
