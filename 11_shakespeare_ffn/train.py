@@ -257,12 +257,12 @@ def parse_args(argv=None):
     flag("--block_size", type=number(int, 1), default=8, help="words of context")
     flag("--n_embd", type=number(int, 1), default=128, help="size of an embedding")
     flag("--n_hidden", type=number(int, 1), default=512, help="units of the hidden layer")
-    flag("--dropout", type=number(float, 0, 0.99), default=0.45, help="usually 0 to 0.5")
+    flag("--dropout", type=number(float, 0, 0.99), default=0.4, help="usually 0 to 0.5")
     flag = parser.add_argument_group("optimizer").add_argument
     flag("--learning_rate", type=number(float, 0), default=2e-3, help="peak; usually 1e-4 to 1e-2")
     flag("--warmup_iters", type=number(int, 0), default=300, help="linear warm-up; usually 1-10%%")
     flag("--weight_decay", type=number(float, 0), default=0.5, help="of matrices; usually 0.01-0.5")
-    flag("--max_iters", type=number(int, 1), default=3500, help="number of parameter updates")
+    flag("--max_iters", type=number(int, 1), default=6000, help="number of parameter updates")
     flag = parser.add_argument_group("logging").add_argument
     flag("--eval_interval", type=number(int, 1), default=500, help="iterations between evaluations")
     flag("--out_dir", type=Path, default=Path(__file__).parent / "out", help="output directory")

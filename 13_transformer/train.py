@@ -8,7 +8,7 @@ Gone:    WordMLP
 T words in, T next words out: a window holds T = 32 examples, and 16 windows as many as step 11's
 minibatch of 512. In self-attention a position takes a weighted mean over itself and the positions
 before it, with weights computed from the words: a longer context adds no parameters to a block. The
-model needs less dropout than step 11's, a higher learning rate and 500 more iterations.
+model needs less dropout than step 11's, and a higher learning rate.
 
 Try:     --n_layer 1 (what does depth give?)
          --block_size 8 --eval_stride 4 --batch_size 64 (what does context give?)
@@ -360,14 +360,14 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("model").add_argument
     flag("--block_size", type=number(int, 1), default=32, help="words of context")
     flag("--n_layer", type=number(int, 1), default=2, help="number of blocks")
-    flag("--n_head", type=number(int, 1), default=4, help="attention heads; divides n_embd")
+    flag("--n_head", type=number(int, 1), default=8, help="attention heads; divides n_embd")
     flag("--n_embd", type=number(int, 1), default=128, help="size of an embedding")
-    flag("--dropout", type=number(float, 0, 0.99), default=0.2, help="usually 0 to 0.5")
+    flag("--dropout", type=number(float, 0, 0.99), default=0.15, help="usually 0 to 0.5")
     flag = parser.add_argument_group("optimizer").add_argument
     flag("--learning_rate", type=number(float, 0), default=3e-3, help="peak; usually 1e-4 to 1e-2")
     flag("--warmup_iters", type=number(int, 0), default=300, help="linear warm-up; usually 1-10%%")
     flag("--weight_decay", type=number(float, 0), default=0.5, help="of matrices; usually 0.01-0.5")
-    flag("--max_iters", type=number(int, 1), default=4000, help="number of parameter updates")
+    flag("--max_iters", type=number(int, 1), default=6000, help="number of parameter updates")
     flag = parser.add_argument_group("sampling").add_argument
     flag("--prompt", default="\n", help="start of the samples, by default a newline")
     flag("--max_new_tokens", type=number(int, 0), default=100, help="words per sample")

@@ -252,7 +252,7 @@ def test_written_out_attention_equals_sdpa():
     attention = step_13.CausalSelfAttention(args)
     x = torch.randn(2, 8, 16, requires_grad=True)
     q, k, v = attention.c_attn(x).chunk(3, dim=2)  # (B, T, C) each
-    heads = (part.view(2, 8, 4, 4).transpose(1, 2) for part in (q, k, v))  # (B, H, T, D)
+    heads = (part.view(2, 8, args.n_head, -1).transpose(1, 2) for part in (q, k, v))  # (B, H, T, D)
     y = F.scaled_dot_product_attention(*heads, is_causal=True)
     expected = attention.c_proj(y.transpose(1, 2).reshape(2, 8, 16))
     torch.testing.assert_close(attention(x), expected)
