@@ -604,7 +604,7 @@ DEFAULTS = {
     "muon": {"learning_rate": 0.015, "min_lr": 0.0, "warmup_iters": 20, "beta2": 0.95}
     | {"weight_decay": 0.05, "grad_clip": 0.0},
     ("cpu", "adamw"): {"batch_size": 12, "max_iters": 2000},
-    ("cpu", "muon"): {"batch_size": 16, "block_size": 128, "max_iters": 1250},
+    ("cpu", "muon"): {"batch_size": 16, "block_size": 128, "max_iters": 1300},
     ("cuda", "adamw"): {"batch_size": 64, "max_iters": 5000},
     ("cuda", "muon"): {"batch_size": 64, "max_iters": 2000, "learning_rate": 0.005},
 }

@@ -315,7 +315,7 @@ def test_muons_defaults_are_those_that_were_measured(device):
     found = args.learning_rate, args.min_lr, args.warmup_iters, args.beta1, args.beta2
     assert found == (0.015 if device == "cpu" else 0.005, 0.0, 20, 0.9, 0.95)
     found = args.weight_decay, args.grad_clip, args.batch_size, args.max_iters
-    assert found == (0.05, 0.0, *((16, 1250) if device == "cpu" else (64, 2000)))
+    assert found == (0.05, 0.0, *((16, 1300) if device == "cpu" else (64, 2000)))
     assert args.block_size == (128 if device == "cpu" else 256)
     assert (args.compile, args.sdpa) == (device == "cuda", device == "cuda")
 
