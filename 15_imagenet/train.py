@@ -710,7 +710,7 @@ RECIPES = {  # the defaults that --recipe changes; the docstring at the top give
     "600": {"epochs": 600, "learning_rate": 0.125, "weight_decay": 2e-5, "ema_decay": 0.999966}
     | {"test_crop": 0.965, "mixup": 0.2, "cutmix": 1.0, "trivial_augment": True}
     | {"random_erase": 0.1},
-    "tiny": {"epochs": 16, "train_size": 48, "test_size": 64, "test_crop": 1.0, "min_scale": 0.25}
+    "tiny": {"epochs": 32, "train_size": 32, "test_size": 32, "test_crop": 0.875, "min_scale": 0.25}
     | {"depth": 18, "small_stem": True, "batch_size": 128, "learning_rate": 1.0}
     | {"warmup_epochs": 2, "weight_decay": 1e-3, "ema_decay": 0.99},
 }
