@@ -13,7 +13,7 @@ from pathlib import Path
 os.environ["MPLBACKEND"] = "Agg"  # draws into files, without a display
 import matplotlib.pyplot as plt
 
-TITLE = "Step 12: feed-forward language model on tiny Shakespeare, with samples"
+TITLE = "Step 12: text generation with the feed-forward language model"
 # Per panel: axes, metrics drawn as curves, horizontal reference lines (label: metric or number).
 PANELS = [
     {

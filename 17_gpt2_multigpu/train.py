@@ -1094,7 +1094,7 @@ if __name__ == "__main__":
     exit_code = 128 + signals[0] if signals else 0  # by convention: 130 after Ctrl-C
     if dist.is_initialized():  # not after a failure: NCCL would wait here for the other processes
         dist.destroy_process_group()
+        # Caches of DTensor keep gloo's threads alive, which can crash Python's cleanup: skip it.
         print(end="", flush=True)
-        # DTensor's caches keep the group's threads alive, which can crash Python's own exit.
         os._exit(exit_code)
     sys.exit(exit_code)
