@@ -12,6 +12,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -1278,9 +1279,14 @@ def test_recomputed_activations_change_nothing(small_data, tmp_path, monkeypatch
     assert_equal(checkpoint(tmp_path / "a")["model"], checkpoint(tmp_path / "b")["model"])
 
 
-def test_a_second_sigterm_does_not_end_a_save(small_data, tmp_path):
+@pytest.mark.parametrize("distributed", [False, True])
+def test_a_second_sigterm_does_not_end_a_save(distributed, small_data, tmp_path):
     """SIGTERM comes again and again, as Slurm and torchrun send it: the checkpoint is written."""
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
+    if distributed:  # the only process of a group, started as torchrun does it
+        with socket.create_server(("localhost", 0)) as server:
+            port = str(server.getsockname()[1])
+        env |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     line = command(small_data, tmp_path, *LONG, "--max_iters", 100_000)
     job = subprocess.Popen(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     deadline = time.time() + 120
@@ -1293,6 +1299,7 @@ def test_a_second_sigterm_does_not_end_a_save(small_data, tmp_path):
     stopped = re.search(r"stopped at iteration (\d+)", output)
     assert stopped, output
     assert checkpoint(tmp_path)["state"]["iter_num"] == int(stopped[1])
+    assert job.returncode in (128 + signal.SIGTERM, -signal.SIGTERM)  # a shell reports both as 143
 
 
 def test_all_processes_resume_or_none(small_data, tmp_path, monkeypatch):
