@@ -1,17 +1,36 @@
 """Elective critical_batch: the noise scale is unbiased, the fit exact, and every run is counted."""
 
 import argparse
+import importlib.util
 import json
 import math
+import re
+import signal
+import sys
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from steps import load_step, run_main, tiny_flags
+from steps import definitions, folder_of, load_step, run_main, tiny_flags
+from tqdm import tqdm
 
 NAME = "electives/critical_batch"
-cb, step_09 = load_step(NAME), load_step("09")
+cb, step_09, step_13 = load_step(NAME), load_step("09"), load_step("13")
+
+
+def load_transformer():
+    """Import transformer.py, which imports the train.py beside it, as a module of its own."""
+    path = folder_of(NAME) / "transformer.py"
+    spec = importlib.util.spec_from_file_location("critical_batch_transformer", path)
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "train", cb)
+        spec.loader.exec_module(module)
+    return module
+
+
+tf = load_transformer()
 
 
 class Linear(nn.Module):
@@ -306,15 +325,14 @@ def count_updates(args, train_set, batch_size, learning_rate, seed):
 
 @pytest.mark.parametrize("batch_size", [16, 100, 300])
 def test_a_run_stops_at_the_first_evaluation_that_reaches_the_target(
-    batch_size, data, standins, tmp_path, monkeypatch
+    batch_size, data, standins, tmp_path
 ):
-    monkeypatch.setattr(cb, "ConvNet", Linear)
     train_set, train_eval = data[0], cb.TensorDataset(*data[0][:300])
     args = tiny_args(standins, tmp_path, "--target", "1.9")
     evaluations = count_updates(args, train_set, batch_size, 0.5, 3)
     n = next(n for n, loss in evaluations if loss <= 1.9)
     assert evaluations[2][0] < n < evaluations[-3][0]
-    run = (args, train_set, train_eval, batch_size, 0.5, 3)
+    run = (args, lambda: Linear(10), train_set, train_eval, batch_size, 0.5, 3)
     assert cb.updates_to_target(*run, limit=10**6) == n
     assert cb.updates_to_target(*run, limit=n + 1) == n
     assert cb.updates_to_target(*run, limit=n) == n  # given up, one update too early
@@ -325,7 +343,6 @@ def test_a_run_stops_at_the_first_evaluation_that_reaches_the_target(
 def test_a_target_just_reached_is_reached_and_a_diverged_run_is_given_up(
     data, standins, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(cb, "ConvNet", Linear)
     args = tiny_args(standins, tmp_path, "--target", "1.5")
     seen = []
 
@@ -337,7 +354,7 @@ def test_a_target_just_reached_is_reached_and_a_diverged_run_is_given_up(
             return {f"{name}_loss": next(scripted)}
 
         monkeypatch.setattr(cb, "evaluate", evaluate)
-        return cb.updates_to_target(args, data[0], "held", 64, 0.1, 0, 100)
+        return cb.updates_to_target(args, lambda: Linear(10), data[0], "held", 64, 0.1, 0, 100)
 
     assert run(1.6, 1.5000001, 1.5, 1.2) == 12
     assert run(1.6, math.nan, 1.2) == 100
@@ -362,7 +379,9 @@ def search(standins, tmp_path, monkeypatch):
     """Return a function that searches in the table, and the runs that it made."""
     made = []
 
-    def updates_to_target(args, train_set, train_eval, batch_size, learning_rate, seed, limit):
+    def updates_to_target(args, *given):
+        *same, batch_size, learning_rate, seed, limit = given
+        assert same == ["make_model", "train_set", "train_eval"]
         made.append((batch_size, learning_rate, seed, limit))
         return min(TABLE[batch_size, learning_rate][seed - 1337], limit)
 
@@ -370,7 +389,7 @@ def search(standins, tmp_path, monkeypatch):
         made.clear()
         grid = "--batch_sizes 16 64 --learning_rates 0.1 0.2 0.4 --n_seeds 2 --max_updates 200"
         args = tiny_args(standins, tmp_path, *grid.split(), *flags)
-        return cb.search(args, None, None)
+        return cb.search(args, "make_model", "train_set", "train_eval")
 
     monkeypatch.setattr(cb, "updates_to_target", updates_to_target)
     return search, made
@@ -408,7 +427,7 @@ def test_train_fits_the_runs_of_its_search(standins, tmp_path, capsys, monkeypat
     fewest, totals = {}, {}
     for batch_size in args.batch_sizes:
         for learning_rate in args.learning_rates:
-            run = (args, train_set, train_eval, batch_size, learning_rate)
+            run = (args, lambda: Linear(10), train_set, train_eval, batch_size, learning_rate)
             totals[learning_rate] = sum(cb.updates_to_target(*run, s, 1000) for s in (1337, 1338))
         fewest[batch_size] = min(totals.values()) / 2
     s_min, e_min = cb.fit_trade(fewest)
@@ -466,6 +485,295 @@ def test_a_diverging_run_names_the_learning_rates(standins, tmp_path, monkeypatc
     monkeypatch.setattr(cb, "search", lambda *_: ({16: 9.0, 64: 7.0}, {64: 1e30}))
     with pytest.raises(FloatingPointError, match=r"at iteration 2: lower --learning_rates"):
         cb.train(tiny_args(standins, tmp_path))
+
+
+# ---------- transformer.py ----------
+
+TINY_TRANSFORMER = (
+    "--block_size 8 --n_embd 8 --n_head 2 --target 2.8 --n_seeds 1 --batch_sizes 4 64"
+    " --learning_rates 0.3 --max_iters 4 --eval_interval 2"
+)
+
+
+def transformer_flags(data_dir, out_dir, *flags):
+    folders = ["--data_dir", str(data_dir), "--out_dir", str(out_dir)]
+    return [*TINY_TRANSFORMER.split(), *folders, *map(str, flags)]
+
+
+def transformer_args(*args):
+    return tf.parse_args(transformer_flags(*args))
+
+
+@pytest.fixture
+def run_transformer():
+    """A function that runs transformer.py with these flags in this process: (exit code, stderr)."""
+    before = sys.modules.pop("train", None)
+    yield lambda *flags: run_main(NAME, *flags, script="transformer.py")
+    sys.modules.pop("train", None)
+    if before:
+        sys.modules["train"] = before
+
+
+@pytest.fixture
+def play(tmp_path):
+    """A data folder with a short text whose last tenth has no character in common with the rest."""
+    ids = torch.randint(6, (2000,), generator=torch.Generator().manual_seed(0)).tolist()
+    text = "".join(("abcdef" if n < 1800 else "uvwxyz")[i] for n, i in enumerate(ids))
+    (tmp_path / "data" / "shakespeare").mkdir(parents=True)
+    (tmp_path / "data" / "shakespeare" / "input.txt").write_text(text)
+    return tmp_path / "data", text
+
+
+def small_gpt(*flags):
+    """Return args and a model of 20 characters with large weights: mistakes show in its outputs."""
+    args = tf.parse_args(["--block_size", "8", "--n_embd", "12", "--n_head", "3", *flags])
+    torch.manual_seed(0)
+    model = tf.GPT(args, 20)
+    for p in model.parameters():
+        p.data += 0.5 * torch.randn_like(p)
+    return args, model
+
+
+def test_windows_follow_each_other_in_the_text_and_come_in_random_order():
+    torch.manual_seed(0)
+    x, y = tf.windows(torch.arange(1003), 4).tensors
+    assert x.shape == y.shape == (250, 4)
+    assert torch.equal(y, x + 1)  # the next character of each
+    assert torch.equal(x[x[:, 0].argsort()], torch.arange(1000).view(250, 4))
+    assert (x[:50, 0] < 200).sum() < 25  # the first windows are not those of the text's beginning
+
+
+def test_the_last_tenth_of_the_text_is_held_out(play, tmp_path):
+    data_dir, text = play
+    args = transformer_args(data_dir, tmp_path)
+    train_set, test_set, vocab = tf.load_data(args)
+    assert vocab == "abcdefuvwxyz"
+    for dataset, part in ((train_set, text[:1800]), (test_set, text[1800:])):
+        found = [
+            "".join(vocab[i] for i in [*x.tolist(), y[-1].item()]) for x, y in zip(*dataset.tensors)
+        ]
+        assert sorted(found) == sorted(part[i : i + 9] for i in range(0, len(part) - 8, 8))
+    same, _, _ = tf.load_data(args)
+    assert torch.equal(same.tensors[0], train_set.tensors[0])
+    other, _, _ = tf.load_data(transformer_args(data_dir, tmp_path, "--seed", "3"))
+    assert not torch.equal(other.tensors[0], train_set.tensors[0])
+
+
+def test_attention_and_mlp_are_those_of_step_13_to_the_letter():
+    text = (folder_of(NAME) / "transformer.py").read_text()
+    for name in ("CausalSelfAttention", "MLP"):
+        assert f"\n{definitions('13_transformer')[name]}\n\n\n" in text
+
+
+@pytest.mark.parametrize("n_layer", ["1", "2"])
+def test_model_is_step_13s_without_dropout_its_classes_in_dimension_1(n_layer):
+    flags = ["--block_size", "8", "--n_embd", "12", "--n_head", "3", "--n_layer", n_layer]
+    args_13 = step_13.parse_args([*flags, "--eval_stride", "8"])
+    models = []
+    for GPT, args in ((tf.GPT, tf.parse_args(flags)), (step_13.GPT, args_13)):
+        torch.manual_seed(0)
+        models.append(GPT(args, 20))
+    mine, its = models
+    assert its.state_dict().keys() == mine.state_dict().keys()
+    for name, p in its.state_dict().items():
+        assert torch.equal(mine.state_dict()[name], p)  # the same initialization
+    _, large = small_gpt("--n_layer", n_layer)
+    its.load_state_dict(large.state_dict())
+    its.eval()
+    x, y = torch.randint(20, (2, 5, 8))
+    logits = large(x)  # in training mode: there is no dropout
+    assert logits.shape == (5, 20, 8)
+    torch.testing.assert_close(logits.mT, its(x))
+    loss = F.cross_entropy(its(x).flatten(0, 1), y.flatten())
+    torch.testing.assert_close(F.cross_entropy(logits, y), loss)
+
+
+def test_logits_do_not_depend_on_later_characters():
+    _, model = small_gpt("--n_layer", "2")
+    x = torch.randint(20, (6, 8))
+    logits = model(x)
+    for t in range(8):
+        other = x.clone()
+        other[:, t] = (x[:, t] + 1) % 20
+        changed = (model(other) - logits).abs().amax(dim=(0, 1)) > 1e-4  # (T,)
+        assert changed.tolist() == [False] * t + [True] * (8 - t)
+
+
+def test_the_transformers_runs_start_from_models_of_their_own(play, tmp_path, monkeypatch):
+    """The search and the run that measures the noise scale train tf.GPT, on the windows."""
+    data_dir, _ = play
+    args = transformer_args(data_dir, tmp_path / "out", "--max_iters", "1")
+    train_set, test_set, vocab = tf.load_data(args)
+    models, searched = [], []
+
+    class Kept(tf.GPT):
+        def __init__(self, args, vocab_size):
+            super().__init__(args, vocab_size)
+            models.append((args, vocab_size))
+
+    def search(args, make_model, train_set, train_eval):
+        searched.append((make_model(), make_model(), train_set, train_eval))
+        return {4: 9.0, 64: 8.0}, {4: 0.1, 64: 0.5}
+
+    monkeypatch.setattr(tf, "GPT", Kept)
+    monkeypatch.setattr(cb, "search", search)
+    final = tf.train(args)
+    (one, other, found, found_eval), *_ = searched
+    assert type(one) is Kept and one is not other
+    assert models == [(args, len(vocab))] * 3
+    for mine, its in zip(found.tensors, train_set.tensors):
+        assert torch.equal(mine, its)
+    for mine, its in zip(found_eval.tensors, train_set[:1000]):
+        assert torch.equal(mine, its)
+    torch.manual_seed(args.seed)
+    model = tf.GPT(args, len(vocab))
+    first, second = records(args.out_dir)
+    assert final == second and final["noise_scale"] > 0
+    for name, (x, y) in (("train", train_set[:1000]), ("test", test_set.tensors)):
+        logits = model(x).mT.flatten(0, 1)
+        expected = F.cross_entropy(logits, y.flatten()).item()
+        assert first[f"{name}_loss"] == pytest.approx(expected, rel=1e-4)
+        accuracy = (logits.argmax(dim=1) == y.flatten()).float().mean().item()
+        assert first[f"{name}_accuracy"] == pytest.approx(accuracy, abs=1e-4)
+    saved = json.loads((args.out_dir / "args.json").read_text())
+    assert saved["block_size"] == 8 and saved["target"] == 2.8
+
+
+def test_an_example_of_the_transformers_noise_scale_is_a_window(play, tmp_path, monkeypatch):
+    """With a learning rate of 0 the model stays as it is: its noise scale is known exactly."""
+    data_dir, _ = play
+    monkeypatch.setattr(cb, "search", lambda *_: ({8: 9.0, 64: 8.0}, {64: 0.0}))
+    flags = "--batch_sizes 8 64 --max_iters 300 --eval_interval 300".split()
+    args = transformer_args(data_dir, tmp_path / "out", *flags)
+    final = tf.train(args)
+    train_set, _, vocab = tf.load_data(args)
+    torch.manual_seed(args.seed)
+    grads = per_example_gradients(tf.GPT(args, len(vocab)), *train_set.tensors).double()
+    mean = grads.mean(dim=0)
+    exact = (grads - mean).square().sum(dim=1).mean() / mean.square().sum()
+    assert final["noise_scale"] == pytest.approx(exact.item(), rel=0.1)
+
+
+def test_tiny_run_of_the_transformer(standins, tmp_path, run_transformer, capsys):
+    assert run_transformer(*transformer_flags(standins, tmp_path)) == (0, "")
+    found = records(tmp_path)
+    assert [record["iter"] for record in found] == [0, 2, 4]
+    assert found[-1]["target"] == 2.8 and found[-1]["critical_batch"] > 0
+    assert found[0]["train_loss"] < 5
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("batch size 64  learning rate 0.3  ") for line in lines)
+    assert lines[-4].startswith("critical batch size ")
+    for name in ("loss.png", "trade.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "args.json").read_text())["n_embd"] == 8
+
+
+def test_ctrl_c_ends_the_transformer_with_130(standins, tmp_path, run_transformer, monkeypatch):
+    def interrupt(bar):
+        signal.getsignal(signal.SIGINT)(signal.SIGINT, None)
+
+    monkeypatch.setattr("tqdm.tqdm.__iter__", interrupt)
+    monkeypatch.setattr("os._exit", sys.exit)
+    assert run_transformer(*transformer_flags(standins, tmp_path))[0] == 130
+    guards = []
+    for name in ("train.py", "transformer.py"):  # the same, and before the slow imports
+        text = (folder_of(NAME) / name).read_text()
+        guards.append(re.search(r'"""\n\n(import os\n.*?)\nimport argparse\n', text, re.S)[1])
+    assert guards[0] == guards[1] and "signal.SIGINT" in guards[0]
+
+
+def assert_one_line(errors, *words):
+    assert len(errors.strip().splitlines()) == 1, errors
+    for word in ("transformer.py: error: ", *map(str, words)):
+        assert word in errors
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--batch_sizes 64 64", ["--batch_sizes"]),
+        ("--n_embd 10 --n_head 4", ["--n_embd 10", "--n_head 4"]),
+        ("--block_size 200", ["2000 characters", "--block_size 200"]),
+        ("--target 0.001 --max_updates 20", ["--target 0.001", "--max_updates 20"]),
+        ("--learning_rates nan", ["--learning_rates", "nan"]),
+        *((f"--{flag} 0", [f"--{flag}", "'0'"]) for flag in ("n_layer", "n_head", "max_iters")),
+        *((f"--{flag} x", [f"--{flag}", "'x'"]) for flag in ("n_embd", "seed", "n_seeds")),
+        *((f"--{flag} -1", [f"--{flag}"]) for flag in ("block_size", "eval_interval", "target")),
+    ],
+)
+def test_a_mistake_in_the_transformers_flags_is_one_line(
+    flags, words, play, tmp_path, run_transformer, capsys
+):
+    flags = transformer_flags(play[0], tmp_path / "out", *flags.split())
+    script, sys.argv[0] = sys.argv[0], "transformer.py"
+    code, errors = run_transformer(*flags)
+    sys.argv[0] = script
+    assert code == 2
+    assert_one_line(errors, *words)
+
+
+def test_windows_fit_into_a_text_that_is_just_long_enough(play, tmp_path):
+    _, test_set, _ = tf.load_data(transformer_args(play[0], tmp_path, "--block_size", "199"))
+    assert len(test_set) == 1
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\xfa" * 900])
+def test_a_missing_or_binary_text_is_named(content, tmp_path, no_network, run_transformer):
+    path = tmp_path / "data" / "shakespeare" / "input.txt"
+    if content:
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content)
+    code, errors = run_transformer("--data_dir", tmp_path / "data", "--out_dir", tmp_path / "out")
+    assert code == 2
+    assert_one_line(errors, path, f"tests/standins.py {tmp_path / 'data'}")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("error", [MemoryError("Unable to\nallocate 8 TiB"), ValueError("a bug")])
+def test_only_mistakes_of_the_user_are_one_line(
+    error, standins, tmp_path, run_transformer, monkeypatch
+):
+    def iterate(bar):
+        raise error
+
+    monkeypatch.setattr(tqdm, "__iter__", iterate)
+    flags = transformer_flags(standins, tmp_path)
+    if isinstance(error, MemoryError):
+        code, errors = run_transformer(*flags)
+        assert code == 2
+        assert_one_line(errors, "8 TiB")
+    else:
+        with pytest.raises(ValueError, match="a bug"):
+            run_transformer(*flags)
+
+
+def test_the_transformers_out_dir_must_be_writable(standins, tmp_path, run_transformer):
+    (tmp_path / "file").write_text("not a folder")
+    code, errors = run_transformer(*transformer_flags(standins, tmp_path / "file" / "out"))
+    assert code == 2
+    assert_one_line(errors, tmp_path / "file")
+
+
+def test_every_flag_of_the_transformer_is_read():
+    text = (folder_of(NAME) / "transformer.py").read_text()
+    flags = set(re.findall(r'flag\(\s*"--(\w+)"', text))
+    code = text.partition("def parse_args")[0] + (folder_of(NAME) / "train.py").read_text()
+    assert {"block_size", "n_layer", "target"} < flags == vars(tf.parse_args([])).keys()
+    assert all(f"args.{flag}" in code.partition("def parse_args")[0] for flag in flags)
+
+
+# ---------- real data ----------
+
+
+@pytest.mark.data
+def test_short_run_of_the_transformer_on_tiny_shakespeare(real_data, tmp_path):
+    flags = "--batch_sizes 4 16 64 --learning_rates 0.3 --target 2.6 --n_seeds 1 --max_iters 150"
+    folders = ["--data_dir", str(real_data), "--out_dir", str(tmp_path)]
+    final = tf.train(tf.parse_args([*folders, *flags.split()]))
+    assert 2 < final["critical_batch"] < 60
+    scales = [record["noise_scale"] for record in records(tmp_path)[1:]]
+    assert scales[0] < 5 < scales[-1] < 200
+    assert 2 < final["test_loss"] < 2.7
 
 
 @pytest.mark.data

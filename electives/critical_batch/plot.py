@@ -13,7 +13,7 @@ from pathlib import Path
 os.environ["MPLBACKEND"] = "Agg"  # draws into files, without a display
 import matplotlib.pyplot as plt
 
-TITLE = "Elective critical_batch: simple noise scale of a convolutional network on MNIST"
+TITLE = "Elective critical_batch: simple noise scale during training"
 # Per panel: axes, metrics drawn as curves, horizontal reference lines (label: metric or number).
 PANELS = [
     {
