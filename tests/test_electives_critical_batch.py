@@ -717,6 +717,20 @@ def test_windows_fit_into_a_text_that_is_just_long_enough(play, tmp_path):
     assert len(test_set) == 1
 
 
+def test_a_missing_text_is_downloaded_once_from_where_step_13_has_it(tmp_path, monkeypatch):
+    calls = []
+
+    def download(url, path, sha256, progress):
+        calls.append((url, path, sha256))
+        path.write_text("l\u00e0", encoding="utf-8")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", download)
+    args = transformer_args(tmp_path / "new", tmp_path)
+    assert [tf.read_text(args) for _ in range(2)] == 2 * ["l\u00e0"]
+    path = tmp_path / "new" / "shakespeare" / "input.txt"
+    assert calls == [(step_13.URL, path, step_13.SHA256)]
+
+
 @pytest.mark.parametrize("content", [None, b"\xff\xfe\xfa" * 900])
 def test_a_missing_or_binary_text_is_named(content, tmp_path, no_network, run_transformer):
     path = tmp_path / "data" / "shakespeare" / "input.txt"
