@@ -691,7 +691,7 @@ def assert_one_line(errors, *words):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--batch_sizes 64 64", ["--batch_sizes"]),
+        ("--batch_sizes 64 64", ["--batch_sizes [64, 64]: give two"]),
         ("--n_embd 10 --n_head 4", ["--n_embd 10", "--n_head 4"]),
         ("--block_size 200", ["2000 characters", "--block_size 200"]),
         ("--target 0.001 --max_updates 20", ["--target 0.001", "--max_updates 20"]),
