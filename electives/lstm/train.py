@@ -397,12 +397,12 @@ def parse_args(argv=None):
     flag("--cell", choices=CELLS, default="lstm", help="kind of recurrent layer")
     flag("--n_embd", type=number(int, 1), default=128, help="size of an embedding")
     flag("--n_hidden", type=number(int, 1), default=512, help="units of the recurrent layer")
-    flag("--dropout", type=number(float, 0, 0.99), default=0.45, help="usually 0 to 0.5")
+    flag("--dropout", type=number(float, 0, 0.99), default=0.15, help="usually 0 to 0.5")
     flag = parser.add_argument_group("optimizer").add_argument
     flag("--learning_rate", type=number(float, 0), default=4e-3, help="peak; usually 1e-4 to 1e-2")
     flag("--warmup_iters", type=number(int, 0), default=300, help="linear warm-up; usually 1-10%%")
     flag("--weight_decay", type=number(float, 0), default=0.5, help="of matrices; usually 0.01-0.5")
-    flag("--max_iters", type=number(int, 1), default=3500, help="number of parameter updates")
+    flag("--max_iters", type=number(int, 1), default=4500, help="number of parameter updates")
     flag = parser.add_argument_group("sampling").add_argument
     flag("--prompt", default="\n", help="start of the samples, by default a newline")
     flag("--max_new_tokens", type=number(int, 0), default=100, help="words per sample")
