@@ -237,7 +237,7 @@ def parse_args(argv=None):
     flag("--batch_size", type=number(int, 1), default=128, help="examples per minibatch")
     flag = parser.add_argument_group("model").add_argument
     flag("--n_layer", type=number(int, 1), default=1, help="residual blocks per stage")
-    flag("--n_channel", type=number(int, 1), default=16, help="channels of the first stage")
+    flag("--n_channel", type=number(int, 1), default=24, help="channels of the first stage")
     flag = parser.add_argument_group("optimizer").add_argument
     flag("--learning_rate", type=number(float, 0), default=5e-3, help="peak; usually 1e-4 to 1e-2")
     flag("--warmup_iters", type=number(int, 0), default=200, help="linear warm-up; usually 1-10%%")

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 RUNS = {
     "09_mnist_convnet": "",
     "10_mnist_resnet": "",
-    "14_resnet_gpu, short run": "--max_iters 750 --n_channel 16 --rotate 6 --scale 0.06"
+    "14_resnet_gpu, short run": "--max_iters 650 --n_channel 16 --rotate 6 --scale 0.06"
     " --weight_decay 1e-3",
     "14_resnet_gpu": "",
 }
