@@ -14,7 +14,7 @@ random affine transformation of every image and test-time augmentation. SGD with
 a one-cycle learning rate schedule and label smoothing need few epochs.
 
 Try:     --dtype float32 (which part of an iteration takes longer?)
-         --max_iters 650 --n_channel 16 --rotate 6 --scale 0.06 --weight_decay 1e-3 (how accurate?)
+         --max_iters 650 --n_channel 16 --rotate 6 --scale 0.06 --weight_decay 0.001 (accuracy?)
 Source:  Smith and Topin 2017, "Super-convergence" (one-cycle schedule); Micikevicius et al. 2018,
          "Mixed precision training"; Szegedy et al. 2016, "Rethinking the Inception architecture"
          (label smoothing); Sutskever et al. 2013 (Nesterov momentum).
