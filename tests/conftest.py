@@ -13,8 +13,9 @@ from pathlib import Path
 import jax
 import pytest
 import standins as standins_script
+import tiktoken
 import torch
-from steps import ROOT, run_alone, tiny_flags
+from steps import ROOT, load_step, run_alone, tiny_flags
 
 N_THREADS = min(2, torch.get_num_threads())
 
@@ -48,6 +49,21 @@ def real_data():
     if not folder or not Path(folder).is_dir():
         pytest.skip("DATA_DIR names no folder of real data")
     return Path(folder)
+
+
+@pytest.fixture
+def bytes_as_bpe(monkeypatch):
+    """Instead of GPT-2's encoding, which needs a network: bytes, and 256 that ends a text."""
+    bpe = tiktoken.Encoding(
+        name="bytes",
+        pat_str=r"[\s\S]",
+        mergeable_ranks={bytes([i]): i for i in range(256)},
+        special_tokens={"<|endoftext|>": 256},
+    )
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: bpe)
+    load_step("17_gpt2_multigpu").load_bpe.cache_clear()
+    yield bpe
+    load_step("17_gpt2_multigpu").load_bpe.cache_clear()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -90,21 +90,6 @@ def small_data(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def bytes_as_bpe(monkeypatch):
-    """Instead of GPT-2's encoding, which needs a network: bytes, and 256 that ends a text."""
-    bpe = tiktoken.Encoding(
-        name="bytes",
-        pat_str=r"[\s\S]",
-        mergeable_ranks={bytes([i]): i for i in range(256)},
-        special_tokens={"<|endoftext|>": 256},
-    )
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: bpe)
-    step.load_bpe.cache_clear()
-    yield bpe
-    step.load_bpe.cache_clear()
-
-
 def parse(*flags):
     args = step.parse_args([*SMALL, *map(str, flags)])
     args.rank, args.world_size = 0, 1
