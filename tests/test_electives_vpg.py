@@ -261,7 +261,7 @@ def test_pygame_leaves_the_signals_alone(tmp_path):
 def test_training_follows_the_gradient_of_advantages_and_fits_the_baseline(tmp_path):
     flags = "--max_iters 5 --eval_interval 2 --n_envs 3 --n_frames 40 --n_hidden 8 --n_layer 1"
     flags += " --learning_rate 0.03 --baseline_learning_rate 0.1 --gamma 0.9 --eval_episodes 4"
-    flags += " --entropy_coef 0.3"
+    flags += " --entropy_coef 0.3"  # like the learning rates, it decays linearly to 0
     args, records = run(tmp_path, *flags.split())
     torch.manual_seed(args.seed)
     policy, critic = vpg.MLP(4, 8, 1, 2), vpg.MLP(4, 8, 1, 1)
@@ -270,6 +270,7 @@ def test_training_follows_the_gradient_of_advantages_and_fits_the_baseline(tmp_p
     optimizers = [torch.optim.Adam(model.parameters()) for model in (policy, critic)]
     frames, expected, losses = 0, [], {}
     for i in range(6):
+        decay = (5 - i) / 5
         if i in (0, 2, 4, 5):
             expected.append(
                 {"iter": i, "frames": frames, "test_return": vpg.evaluate(policy, args)}
@@ -283,10 +284,10 @@ def test_training_follows_the_gradient_of_advantages_and_fits_the_baseline(tmp_p
         baseline_loss = (advantages**2).mean()
         weights = ((advantages - advantages.mean()) / advantages.std(correction=0)).detach()
         actions = Categorical(logits=policy(x))
-        loss = -(actions.log_prob(y) * weights).mean() - 0.3 * actions.entropy().mean()
+        loss = -(actions.log_prob(y) * weights).mean() - decay * 0.3 * actions.entropy().mean()
         losses = {"train_loss": loss.item(), "baseline_loss": baseline_loss.item()}
         for optimizer, objective, rate in zip(optimizers, (loss, baseline_loss), (0.03, 0.1)):
-            optimizer.param_groups[0]["lr"] = rate * (5 - i) / 5  # decays linearly to 0
+            optimizer.param_groups[0]["lr"] = rate * decay
             optimizer.zero_grad()
             objective.backward()
             optimizer.step()
