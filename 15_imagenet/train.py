@@ -582,7 +582,6 @@ def accumulate_gradients(args, model, x, y, stats, n_classes):
     return loss
 
 
-@torch.backends.cudnn.flags(enabled=True, deterministic=True)  # kernels that add in a fixed order
 def train(args, signals=None):
     """Run the whole step; return the last record of metrics.jsonl.
 
@@ -774,6 +773,7 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
+    torch.backends.cudnn.benchmark = True  # a GPU tries several kernels, and keeps the fastest
     signals = []
     try:
         train(parse_args(), signals)

@@ -413,6 +413,7 @@ def loader_speed(bench):
 
 def speed_15(bench):
     """Measure step 15: images/s of the GPU, of the loader, and of both together."""
+    torch.backends.cudnn.benchmark = True  # as train.py does
     for size in (32, 48) if bench.tiny else (176, 224):
         row = f"ResNet-50, data on the device: images/s at {size} pixels"
         bench.measure([row], resnet_speed, size)
