@@ -258,7 +258,9 @@ def test_pygame_leaves_the_signals_alone(tmp_path):
 # ---------- training ----------
 
 
-def test_training_follows_the_gradient_of_advantages_and_fits_the_baseline(tmp_path):
+def test_training_follows_the_gradient_of_advantages_and_fits_the_baseline(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(vpg.tqdm, "set_postfix", lambda bar, loss, refresh: shown.append(loss))
     flags = "--max_iters 5 --eval_interval 2 --n_envs 3 --n_frames 40 --n_hidden 8 --n_layer 1"
     flags += " --learning_rate 0.03 --baseline_learning_rate 0.1 --gamma 0.9 --eval_episodes 4"
     flags += " --entropy_coef 0.3"  # like the learning rates, it decays linearly to 0
@@ -286,6 +288,8 @@ def test_training_follows_the_gradient_of_advantages_and_fits_the_baseline(tmp_p
         actions = Categorical(logits=policy(x))
         loss = -(actions.log_prob(y) * weights).mean() - decay * 0.3 * actions.entropy().mean()
         losses = {"train_loss": loss.item(), "baseline_loss": baseline_loss.item()}
+        if i < 5:
+            assert float(shown[i]) == pytest.approx(losses["train_loss"], rel=1e-3, abs=1e-4)
         for optimizer, objective, rate in zip(optimizers, (loss, baseline_loss), (0.03, 0.1)):
             optimizer.param_groups[0]["lr"] = rate * decay
             optimizer.zero_grad()
