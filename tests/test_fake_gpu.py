@@ -12,7 +12,6 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-import standins as standins_script
 import torch
 import torch._dynamo  # imported before torch.Generator is replaced
 import torch.distributed.fsdp  # likewise
@@ -151,13 +150,10 @@ def gpu(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Return the folder of stand-ins, and step 15's data sets, decoded without FakeTensors."""
-    folder = tmp_path_factory.mktemp("fake_gpu")
-    standins_script.main([str(folder)])
+def data(standins):
+    """Return the folder of stand-ins, and step 15's data sets, read without FakeTensors."""
     step = load_step("15_imagenet")
-    args = step.parse_args(tiny_flags("15_imagenet", folder, folder / "out"))
-    return folder, step.load_data(args)
+    return standins, step.load_data(step.parse_args(tiny_flags("15_imagenet", standins, "out")))
 
 
 def run(name, data, out_dir, monkeypatch, *flags):
@@ -173,15 +169,20 @@ def run(name, data, out_dir, monkeypatch, *flags):
         digits = TensorDataset(torch.zeros(600, 1, 28, 28).byte(), torch.zeros(600).long())
         return 2 * [TensorDataset(*(tensor.to(device) for tensor in digits.tensors))]
 
+    monkeypatch.setattr(step, "plot_run", lambda out_dir: "no picture")
     if name == "14_resnet_gpu":
         monkeypatch.setattr(step, "load_data", load_digits)
     if name == "15_imagenet":
         monkeypatch.setattr(step, "load_data", lambda args: images)
         monkeypatch.setattr(step, "load_batches", load_batches)
-    flags = [*tiny_flags(name, folder, out_dir), "--device", "cuda", *flags]
+    flags = [*tiny_flags(name, folder, out_dir), *MORE.get(name, []), "--device", "cuda", *flags]
     return step.train(step.parse_args(list(map(str, flags))))
 
 
+MORE = {  # so that evaluation and sampling are short
+    "16_nanogpt_shakespeare": ["--max_new_tokens", 2],
+    "17_gpt2_multigpu": "--batch_size 16 --total_batch_tokens 512 --max_new_tokens 2".split(),
+}
 RUNS = [
     ("14_resnet_gpu", "", 0),
     ("15_imagenet", "--mixup 0.2 --n_micro_batches 2", 0),
