@@ -194,6 +194,15 @@ def test_one_advantage_is_no_advantage():
 # ---------- evaluation ----------
 
 
+def test_every_seed_is_evaluated_in_other_episodes_which_repeat():
+    def evaluate(seed):
+        args = SimpleNamespace(env="CartPole-v1", eval_episodes=8, seed=seed)
+        return vpg.evaluate(lambda x: x[:, 2:] * torch.tensor([0.0, 1.0]), args)
+
+    assert evaluate(1) == evaluate(1)
+    assert len({evaluate(seed) for seed in range(4)}) > 1
+
+
 def test_evaluation_takes_the_most_probable_action_in_first_episodes(monkeypatch):
     envs = ScriptedEnvs()
     monkeypatch.setattr(gym, "make_vec", lambda name, num_envs: envs)
