@@ -231,7 +231,7 @@ def setup_device(args):
         if args.device == "cuda":
             native = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
-            cpu = getattr(torch.cpu, "get_capabilities", dict)()  # absent from torch 2.9
+            cpu = torch.cpu.get_capabilities()
             native = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
         args.dtype = "bfloat16" if native else "float32"
     return torch.device(args.device)

@@ -410,11 +410,11 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             params, lr, momentum = group["params"], group["lr"], group["momentum"]
-            grads = [p.grad for p in params]
+            updates = [p.grad for p in params]  # the gradients, which turn into the updates
             buffers = [self.state[p]["momentum_buffer"] for p in params]
             # _foreach: for all tensors at once. lerp(a, b, w) = a + w (b - a); Nesterov momentum.
-            torch._foreach_lerp_(buffers, grads, 1 - momentum)
-            updates = torch._foreach_lerp(grads, buffers, momentum)
+            torch._foreach_lerp_(buffers, updates, 1 - momentum)
+            torch._foreach_lerp_(updates, buffers, momentum)
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
             for shape in dict.fromkeys(p.shape for p in params):
                 same = [i for i, p in enumerate(params) if p.shape == shape]
@@ -702,7 +702,7 @@ def setup_device(args):
         if args.device == "cuda":
             native = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
-            cpu = getattr(torch.cpu, "get_capabilities", dict)()  # absent from torch 2.9
+            cpu = torch.cpu.get_capabilities()
             native = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
         fallback = "float16" if args.device == "cuda" else "float32"
         args.dtype = "bfloat16" if native else fallback

@@ -188,6 +188,16 @@ def test_logistic_regression_is_the_minimum_that_newton_finds(penalty):
     torch.testing.assert_close(logits, features @ w[:-1] + w[-1])
 
 
+def test_logistic_regression_runs_until_it_has_converged():
+    """On features of very different frequencies, which take L-BFGS more than 20 iterations."""
+    torch.manual_seed(1)
+    features = (torch.rand(2000, 40) < torch.logspace(-2, -0.1, 40)).float()
+    y = (torch.rand(2000) < (3 * features @ torch.randn(40)).sigmoid()).long()
+    verse, feature = features.nonzero().T
+    w = classify.fit_logistic_regression(verse, feature, y, 40, 1e-5)
+    torch.testing.assert_close(w, newton(features, y, 1e-5), rtol=0.05, atol=0.05)
+
+
 def test_softmax_over_two_classes_is_logistic_regression():
     """Two columns w/2 and -w/2 have half the squares of w: twice the penalty, the same p."""
     features, y, verse, feature = regression_problem()
@@ -414,6 +424,7 @@ def test_the_colors_of_the_words_add_up_to_the_logit(monkeypatch, tmp_path):
     odds = model.eval()(x).diff(dim=1)[:, 0].tolist()
     old = sorted((i for i in range(31) if i % 2 == 0), key=lambda i: -odds[i])
     new = sorted((i for i in range(31) if i % 2 == 1), key=lambda i: odds[i])
+    assert "red: evidence for the New, blue: for the Old" in figures[0].axes[0].get_title()
     texts = list(figures[0].axes[0].texts)
     for verses, name in ((old, "Old"), (new, "New")):
         for i in (verses[0], verses[len(verses) // 2]):

@@ -21,8 +21,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map
 from torch.utils.data import TensorDataset
 
-if torch.__version__ < "2.11":
-    pytest.skip("older versions of torch cannot do without a driver", allow_module_level=True)
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 aten = torch.ops.aten
 REAL = SimpleNamespace(to=torch.Tensor.to, Generator=torch.Generator, tolist=FakeTensor.tolist)

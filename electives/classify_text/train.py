@@ -352,7 +352,7 @@ def draw_words(args, model, dataset, vocab):
     for name, verses in rows.items():
         for i in (verses[0], verses[len(verses) // 2]):
             words = [vocab[j] for j in x[i] if j != PAD]
-            shares = model.word_logits(x[i : i + 1]).diff(dim=2).flatten() / len(words)
+            shares = model.word_logits(x[i : i + 1]).diff(dim=2).flatten()
             title = f"{name} Testament; predicted p(New) = {log_odds[i].sigmoid():.3f}"
             axis.text(0, line, title, weight="bold")
             line, column = line + 1, 0
