@@ -283,7 +283,8 @@ def interrupted(standins, tmp_path_factory):
         )
         if when in WAITING:
             assert process.stdout.readline() == "waiting\n"
-        while when == "training" and not (folder / "out" / "metrics.jsonl").exists():
+        metrics = folder / "out" / "metrics.jsonl"
+        while when == "training" and not (metrics.exists() and metrics.read_text()):
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
