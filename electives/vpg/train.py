@@ -229,7 +229,7 @@ def train(args):
         values = baseline(x).squeeze(1)  # (B,)
         log_p = F.log_softmax(logits, dim=1)  # (B, A)
         entropy = -(log_p.exp() * log_p).sum(dim=1).mean()  # its bonus keeps actions random
-        entropy_coef = args.entropy_coef * (1 - iter_num / args.max_iters)  # first explore widely
+        entropy_coef = args.entropy_coef * (1 - iter_num / args.max_iters)  # decays to 0
         loss = policy_loss(logits, y, returns - values.detach()) - entropy_coef * entropy
         baseline_loss = F.mse_loss(values, returns)
         losses = {"train_loss": loss.item(), "baseline_loss": baseline_loss.item()}
