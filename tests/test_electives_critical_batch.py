@@ -98,6 +98,8 @@ def test_missing_data_are_named(tmp_path, no_network):
 def test_convnet_halves_height_and_width_twice(data):
     torch.manual_seed(0)
     model = cb.ConvNet(10)
+    assert model.conv_1.weight.shape == (8, 1, 5, 5)
+    assert model.conv_2.weight.shape == (16, 8, 5, 5)
     x, y = data[0][:300]
     loss = F.cross_entropy(model(x), y)
     assert loss.item() == pytest.approx(math.log(10))  # the logits are zero at first
