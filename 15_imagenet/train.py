@@ -773,7 +773,7 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    torch.backends.cudnn.benchmark = True  # a GPU tries several kernels, and keeps the fastest
+    torch.backends.cudnn.benchmark = True  # cuDNN tries several kernels, keeps the fastest
     signals = []
     try:
         train(parse_args(), signals)

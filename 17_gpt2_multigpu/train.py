@@ -453,7 +453,7 @@ def all_sum(values, device):
     """Return numbers summed over the processes, in float64; this waits for the device, once."""
     total = torch.zeros(len(values), dtype=torch.float64, device=device)
     for i, value in enumerate(values):
-        total[i] = value  # needs no wait; torch.tensor(value, device=device) does on a GPU
+        total[i] = value  # torch.tensor(value, device=device) would wait for a GPU
     if dist.is_initialized():
         dist.all_reduce(total)
     return total.tolist()
