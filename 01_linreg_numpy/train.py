@@ -2,9 +2,9 @@
 
 Parent:  none
 
-A teacher, the line y = wx + b, generates the examples and adds Gaussian noise. No model can predict
-the noise, so the lowest loss to expect is known in advance: the noise variance (with a standard
-error of 0.45% on 100,000 examples). Watch stochastic gradient descent (SGD) bring train_loss to it.
+A teacher, the line y = wx + b, generates the examples and adds Gaussian noise, which no model can
+predict: the lowest loss to expect is the noise variance. (Measured on 100,000 examples, it has a
+standard error of 0.45%: a run may end below it.) Watch stochastic gradient descent (SGD) reach it.
 
 Try:     --learning_rate 1.1 (it diverges), --learning_rate 0.1 --batch_size 1 (it fluctuates): why?
 Source:  Robbins and Monro 1951, "A stochastic approximation method".

@@ -4,8 +4,8 @@ Parent:  02_linreg_torch
 Changed: load_data, init_params, forward, parse_args
 
 An example is now a vector x with one weight per input, and the product w x becomes a dot product.
-The loss, the gradients from autograd and the update stay as they are, and so does the noise, and
-with it the lowest loss to expect.
+The loss, the gradients from autograd and the update stay as they are. So does the noise, and with
+it the lowest loss to expect.
 
 Try:     --learning_rate 0.5, then the same with --n_inputs 200 (it diverges: the variance of the
          gradient grows with n_inputs / batch_size), then also with --batch_size 1000

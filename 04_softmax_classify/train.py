@@ -7,9 +7,10 @@ Changed: load_data, init_params, forward, loss_fn, train, parse_args
 The model gives each class a score (logit), and softmax turns the scores z into probabilities p. By
 maximum likelihood, the best parameters give the labels the highest probability, so the loss is the
 mean negative log-likelihood (cross-entropy), in nats (natural logarithm). Its gradient is the error
-in probability, dL/dz = (p - onehot(y)) / B. The labels are sampled from the teacher's own
-probabilities, so the lowest loss to expect is the entropy of the teacher. (The parameters are not
-compared with the teacher's: softmax is the same when a constant is added to all logits.)
+in probability, dL/dz = (p - onehot(y)) / B, where onehot(y) is 1 for the label and 0 for all other
+classes. The labels are sampled from the teacher's own probabilities, so the lowest loss to expect
+is the entropy of the teacher. (The parameters are not compared with the teacher's: softmax is the
+same when a constant is added to all logits.)
 
 Try:     --n_classes 2 (what is this model's classical name?)
          --learning_rate 100 (worse, but never infinite: why?)

@@ -5,8 +5,9 @@ New:     relu
 Changed: load_data, init_params, forward, train, parse_args
 
 The teacher is now non-linear: its logits are combinations of sines, which no linear model fits. A
-multilayer perceptron has hidden layers, each a linear map and a ReLU. Step 04's linear model is
-trained alongside: compare how far the two end above the entropy of the teacher.
+multilayer perceptron has hidden layers, each a linear map and a ReLU (without the ReLUs, all the
+maps together would be one linear map). Step 04's linear model is trained alongside: compare how far
+the two end above the entropy of the teacher.
 
 Try:     --max_iters 20000 (7% above the entropy, not 33%), --n_examples 1000 (below it: why?)
 Source:  Rumelhart et al. 1986 (backpropagation); He et al. 2015, "Delving deep into rectifiers".
@@ -55,7 +56,7 @@ def minibatches(x, y, batch_size, rng):
 
 
 # ---------- model ----------
-# Variance 2 / n keeps the scale: a sum of n products doubles the mean square, and ReLU halves it.
+# Variance 2 / n_in keeps the scale: summing n_in products doubles the mean square, ReLU halves it.
 def init_params(args, n_layer, rng):
     """Return random weights (equal units would stay equal), zero biases, a zero output layer."""
     params, n_in = {}, args.n_inputs

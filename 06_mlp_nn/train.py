@@ -5,8 +5,10 @@ New:     MLP
 Changed: load_data, minibatches, train
 Gone:    init_params, relu, forward, log_softmax, loss_fn
 
-PyTorch brings all of it: nn.Module, torch.optim.SGD, DataLoader, and F.cross_entropy (log_softmax
-and negative log-likelihood in one). The initialization stays step 05's; the random numbers differ.
+PyTorch provides all of this: nn.Linear (x W^T + b), torch.optim.SGD (step 05's update), DataLoader
+(minibatches), and F.cross_entropy (log_softmax and negative log-likelihood in one). An nn.Module
+collects the parameters of the layers assigned to it (in an nn.ModuleList, not in a plain list), and
+model(x) calls its forward. The initialization stays step 05's; the random numbers differ.
 
 Try:     remove the loops over nn.init (the first loss is no longer log(10): why?)
 Source:  Paszke et al. 2019, "PyTorch: an imperative style, high-performance deep learning library".

@@ -6,8 +6,9 @@ Changed: load_data, MLP, train, parse_args
 
 Real data, and with them the question that matters: does the model generalize, that is, classify
 images that it was not trained on? Every evaluation measures loss and accuracy on training and on
-test images. The training loss goes to 0, while the test loss stops falling: the model overfits. One
-remedy is dropout: in training, units are zeroed at random, so that none can rely on another.
+test images. The training loss approaches 0, while the test loss stops falling: the model overfits.
+One remedy is dropout: in training, units are zeroed at random, so that none can rely on another,
+and the others are divided by 1 - dropout, which keeps the expected value.
 
 Try:     --dropout 0 (which curve gets better, which worse?), --n_layer 0 (step 04 on digits)
 Source:  LeCun et al. 1998, "Gradient-based learning applied to document recognition"; Srivastava
@@ -94,7 +95,7 @@ def evaluate(model, dataset, name):
     """Return {name}_loss, in nats, and {name}_accuracy, a fraction, on a TensorDataset."""
     model.eval()  # no dropout
     x, y = dataset.tensors
-    logits = torch.cat([model(chunk) for chunk in x.split(200)])  # (N, C)
+    logits = torch.cat([model(chunk) for chunk in x.split(200)])  # (N, C), chunks to save memory
     model.train()
     accuracy = (logits.argmax(dim=1) == y).float().mean().item()
     return {f"{name}_loss": F.cross_entropy(logits, y).item(), f"{name}_accuracy": accuracy}

@@ -135,7 +135,7 @@ def evaluate(model, dataset, name):
     """Return {name}_loss, in nats, and {name}_accuracy, a fraction, on a TensorDataset."""
     model.eval()  # no dropout
     x, y = dataset.tensors
-    logits = torch.cat([model(chunk) for chunk in x.split(200)])  # (N, C)
+    logits = torch.cat([model(chunk) for chunk in x.split(200)])  # (N, C), chunks to save memory
     model.train()
     accuracy = (logits.argmax(dim=1) == y).float().mean().item()
     return {f"{name}_loss": F.cross_entropy(logits, y).item(), f"{name}_accuracy": accuracy}

@@ -5,9 +5,10 @@ New:     augment, ConvNet
 Changed: load_data, train, parse_args
 Gone:    MLP
 
-A convolution applies the same 5 x 5 weights at every position (weight sharing), so that a stroke
-learned in one place is recognized everywhere. Max pooling halves height and width: the receptive
-field of conv_2 is 14 x 14 pixels, and small shifts matter less. Data augmentation adds what is
+A convolution applies the same 5 x 5 weights (a filter) at every position, so that a stroke learned
+in one place is recognized everywhere (weight sharing); every output channel has a filter of its
+own. Max pooling halves height and width: small shifts matter less, and the receptive field of
+conv_2, the pixels that one of its outputs depends on, is 14 x 14. Data augmentation adds what is
 known about digits: moved by up to two pixels, a digit stays the same digit.
 
 Try:     --shift 0 (watch the train and test curves part), --shift 6 (digits wrap around: harmful?)
@@ -137,7 +138,7 @@ def evaluate(model, dataset, name):
     """Return {name}_loss, in nats, and {name}_accuracy, a fraction, on a TensorDataset."""
     model.eval()  # no dropout
     x, y = dataset.tensors
-    logits = torch.cat([model(chunk) for chunk in x.split(200)])  # (N, C)
+    logits = torch.cat([model(chunk) for chunk in x.split(200)])  # (N, C), chunks to save memory
     model.train()
     accuracy = (logits.argmax(dim=1) == y).float().mean().item()
     return {f"{name}_loss": F.cross_entropy(logits, y).item(), f"{name}_accuracy": accuracy}

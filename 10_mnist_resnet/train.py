@@ -6,9 +6,9 @@ Changed: evaluate, train, parse_args
 Gone:    ConvNet
 
 A residual block computes relu(x + f(x)): the skip connection carries gradients around f to early
-layers, so that deeper networks still train. Batch norm normalizes each channel over minibatch and
-pixels, whatever the initialization (in evaluation: running averages). It allows a higher learning
-rate (0.005) and makes biases before it redundant. Global average pooling replaces the hidden layer.
+layers, so that deeper networks train. Batch norm normalizes each channel over minibatch and pixels,
+whatever the initialization, then applies a learned scale and shift. It allows higher learning rates
+and makes biases before it redundant. Global average pooling replaces the hidden layer.
 
 Try:     --n_layer 4, then without skip connections (0 * self.shortcut(x), the zeros_ line deleted)
 Source:  He et al. 2016, "Deep residual learning for image recognition"; Ioffe and Szegedy 2015,
@@ -87,7 +87,7 @@ class Block(nn.Module):
         self.bn_1 = nn.BatchNorm2d(n_out)
         self.conv_2 = nn.Conv2d(n_out, n_out, 3, padding=1, bias=False)
         self.bn_2 = nn.BatchNorm2d(n_out)
-        nn.init.zeros_(self.bn_2.weight)  # every block starts as its shortcut (Goyal et al. 2017)
+        nn.init.zeros_(self.bn_2.weight)  # scale 0: starts as its shortcut (Goyal et al. 2017)
         self.shortcut = nn.Identity()
         if n_in != n_out:  # a 1x1 convolution gives x as many channels as the residual has
             conv = nn.Conv2d(n_in, n_out, 1, bias=False)
@@ -154,7 +154,7 @@ def evaluate(model, dataset, name):
     """Return {name}_loss, in nats, and {name}_accuracy, a fraction, on a TensorDataset."""
     model.eval()  # batch norm: running averages, so that an image's logits depend on it alone
     x, y = dataset.tensors
-    logits = torch.cat([model(chunk) for chunk in x.split(200)])  # (N, C)
+    logits = torch.cat([model(chunk) for chunk in x.split(200)])  # (N, C), chunks to save memory
     model.train()
     accuracy = (logits.argmax(dim=1) == y).float().mean().item()
     return {f"{name}_loss": F.cross_entropy(logits, y).item(), f"{name}_accuracy": accuracy}

@@ -8,8 +8,9 @@ Gone:    MLP
 A language model predicts the next word: the classes are the words of a vocabulary, x the block_size
 words before it. Each word has a learned vector, its embedding, and similar words get similar ones.
 A text of 263,144 words is easily memorized, so regularization is part of the idea: more dropout,
-decoupled weight decay (AdamW), and weight tying. Layer norm keeps the scale of the activations.
-Perplexity is exp(loss): the model is as uncertain as between that many equally likely words.
+weight tying, and decoupled weight decay (AdamW), which shrinks the weights at every update instead
+of adding a penalty to the loss. Layer norm keeps the scale of the activations. Perplexity is
+exp(loss): the model is as uncertain as between that many equally likely words.
 
 Try:     --dropout 0 --weight_decay 0 (the curves part: why?), --block_size 2 (a trigram's context)
 Source:  Bengio et al. 2003, "A neural probabilistic language model"; Loshchilov and Hutter 2019

@@ -5,10 +5,10 @@ New:     CausalSelfAttention, MLP, Block, GPT
 Changed: windows, load_data, evaluate, generate, sample, train, parse_args
 Gone:    WordMLP
 
-T words in, T next words out: a window holds T = 32 examples, and 16 windows as many as step 11's
-minibatch of 512. In self-attention a position takes a weighted mean over itself and the positions
-before it, with weights computed from the words: a longer context adds no parameters to a block. The
-model needs less dropout than step 11's, and a higher learning rate.
+T words in, T next words out: 16 windows of T = 32 words hold 512 examples, as step 11's minibatch
+does. In self-attention a position takes a weighted mean over itself and the positions before it
+(later ones hold the words to predict), with weights computed from the words: a longer context adds
+no parameters to a block. The model needs less dropout than step 11's, and a higher learning rate.
 
 Try:     --n_layer 1 (what does depth give?)
          --block_size 8 --eval_stride 4 --batch_size 64 (what does context give?)
@@ -388,7 +388,7 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    if sys.stdout:  # absent if closed; it may not have every character of a sample
+    if sys.stdout:  # None if closed; its encoding may lack characters of a sample
         sys.stdout.reconfigure(errors="replace")
     try:
         train(parse_args())

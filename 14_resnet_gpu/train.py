@@ -114,7 +114,7 @@ class Block(nn.Module):
         self.bn_1 = nn.BatchNorm2d(n_out)
         self.conv_2 = nn.Conv2d(n_out, n_out, 3, padding=1, bias=False)
         self.bn_2 = nn.BatchNorm2d(n_out)
-        nn.init.zeros_(self.bn_2.weight)  # every block starts as its shortcut (Goyal et al. 2017)
+        nn.init.zeros_(self.bn_2.weight)  # scale 0: starts as its shortcut (Goyal et al. 2017)
         self.shortcut = nn.Identity()
         if n_in != n_out:  # a 1x1 convolution gives x as many channels as the residual has
             conv = nn.Conv2d(n_in, n_out, 1, bias=False)

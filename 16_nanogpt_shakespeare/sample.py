@@ -35,7 +35,7 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    if sys.stdout:  # absent if closed; it may not have every character of a sample
+    if sys.stdout:  # None if closed; its encoding may lack characters of a sample
         sys.stdout.reconfigure(errors="replace")
     try:
         main(sys.argv[1:])

@@ -109,13 +109,19 @@ def command(data, out_dir, *flags, processes=1, restarts=0):
     return [sys.executable, *(torchrun if processes > 1 or restarts else []), *script]
 
 
-def spawn(*args, check=True, env=(), **kwargs):
-    env = os.environ | {"OMP_NUM_THREADS": "1"} | dict(env)
-    result = subprocess.run(
-        command(*args, **kwargs), env=env, capture_output=True, text=True, timeout=240
-    )
-    assert result.returncode == 0 or not check, result.stderr
-    return result
+def spawn(*args, **more):
+    """Run two processes with the variables that torchrun sets, without waiting for torchrun."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | more
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    ranks = [{"RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+    jobs = [subprocess.Popen(command(*args), env=env | rank, **pipes) for rank in ranks]
+    outputs = [job.communicate(timeout=240) for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], outputs
+    return ["".join(texts) for texts in zip(*outputs)]
 
 
 def records(out_dir):
@@ -985,12 +991,10 @@ def test_two_processes_are_one_with_twice_the_accumulation(flags, small_data, tm
     run(small_data, tmp_path / "one", *flags[-2:])
     # Each process writes down which threads of its process group are still there when Python exits.
     (tmp_path / "sitecustomize.py").write_text(THREADS_AT_EXIT)
-    result = spawn(
-        small_data, tmp_path / "two", *flags, processes=2, env={"PYTHONPATH": str(tmp_path)}
-    )
-    assert "pt_gloo_runloop" not in result.stderr  # they would abort the process now and then
+    stdout, stderr = spawn(small_data, tmp_path / "two", *flags, PYTHONPATH=str(tmp_path))
+    assert "pt_gloo_runloop" not in stderr  # they would abort the process now and then
     assert np.allclose(losses_of(tmp_path / "one"), losses_of(tmp_path / "two"), atol=1e-5)
-    assert result.stdout.count("iter 6") == 1  # one of them speaks
+    assert stdout.count("iter 6") == 1  # one of them speaks
     one, two = (checkpoint(tmp_path / name) for name in ("one", "two"))
     # Muon orthogonalizes in bfloat16: rounding alone moves single weights by more than AdamW's.
     most = max((one["model"][name] - two["model"][name]).abs().max() for name in one["model"])
@@ -1165,7 +1169,7 @@ LONG = ["--max_iters", 40, "--eval_interval", 4, "--dropout", 0.2, "--optimizer"
 def unbroken(small_data, tmp_path_factory):
     """The checkpoint of a run of two processes that nothing happened to."""
     folder = tmp_path_factory.mktemp("unbroken")
-    spawn(small_data, folder, *LONG, processes=2)
+    spawn(small_data, folder, *LONG)
     return checkpoint(folder)
 
 
@@ -1175,7 +1179,7 @@ def test_killed_and_resumed_is_bit_identical(small_data, tmp_path, unbroken):
     assert code != 0
     assert "SIGKILL" in output  # the job ends and says why
     assert checkpoint(tmp_path)["state"]["iter_num"] < 40
-    spawn(small_data, tmp_path, *LONG, "--init_from", "resume", processes=2)
+    spawn(small_data, tmp_path, *LONG, "--init_from", "resume")
     assert_equal(checkpoint(tmp_path), unbroken)
     assert [r["iter"] for r in records(tmp_path)] == list(range(0, 41, 4))
 

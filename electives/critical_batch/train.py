@@ -5,12 +5,13 @@ New:     gradient, noise_moments, updates_to_target, fit_trade, save_trade, sear
 Changed: minibatches, ConvNet, log_metrics, train, parse_args
 Gone:    augment, OptaxOptimizer
 
-The gradient of a minibatch is the full gradient G plus noise of covariance Sigma / batch_size.
-While the noise dominates, twice the batch size allows nearly twice the progress per update; once
-the noise is small, more examples are wasted. The simple noise scale, tr(Sigma) / |G|^2, predicts
-where this changes; it is estimated in training from the gradients of two batch sizes (loss.png). Is
-it right? For every batch size, with the best of several learning rates, we count the updates S and
-examples E that plain SGD takes to reach a target loss, and fit the trade-off of both (trade.png):
+The gradient of a minibatch is the full gradient G plus noise of covariance Sigma / batch_size,
+where Sigma is that of one example's gradient. While the noise dominates, twice the batch size
+allows nearly twice the progress per update; once the noise is small, more examples are wasted. The
+simple noise scale, tr(Sigma) / |G|^2, predicts where this changes; it is estimated in training from
+the gradients of two batch sizes (loss.png). Is it right? For every batch size, with the best of
+several learning rates, we count the updates S and examples E that plain SGD takes to reach a target
+loss, and fit the trade-off of both (trade.png):
 
     (S / S_min - 1) (E / E_min - 1) = 1        critical batch size = E_min / S_min
 
@@ -108,7 +109,7 @@ def evaluate(model, dataset, name):
     """Return {name}_loss, in nats, and {name}_accuracy, a fraction, on a TensorDataset."""
     model.eval()  # no dropout
     x, y = dataset.tensors
-    logits = torch.cat([model(chunk) for chunk in x.split(200)])  # (N, C)
+    logits = torch.cat([model(chunk) for chunk in x.split(200)])  # (N, C), chunks to save memory
     model.train()
     accuracy = (logits.argmax(dim=1) == y).float().mean().item()
     return {f"{name}_loss": F.cross_entropy(logits, y).item(), f"{name}_accuracy": accuracy}

@@ -733,8 +733,8 @@ BUGS = [
     Bug(
         step="10_mnist_resnet",
         name="the wrong scale starts at zero",
-        original="        nn.init.zeros_(self.bn_2.weight)  # every block",
-        planted="        nn.init.zeros_(self.bn_1.weight)  # every block",
+        original="        nn.init.zeros_(self.bn_2.weight)  # scale 0",
+        planted="        nn.init.zeros_(self.bn_1.weight)  # scale 0",
         flags="--max_iters 100 --eval_interval 100 --n_channel 4",
         symptom="With 4 channels and 100 iterations the test loss is 2.03 instead of 1.15, and"
         " the test accuracy 26.7% instead of 69.0%. Many parameters have a gradient of"

@@ -7,7 +7,7 @@ Gone:    MLP
 
 An autoregressive model writes the probability of an image as a product, one factor per pixel:
 
-    p(x) = p(x_1) p(x_2 | x_1) p(x_3 | x_1, x_2) ...
+    p(x) = p(x_0) p(x_1 | x_0) p(x_2 | x_0, x_1) ...
 
 MADE, a masked autoencoder, computes all factors in one pass: every hidden unit has a degree m and
 depends only on pixels 0 to m, and the output for a pixel depends only on hidden units of a lower

@@ -6,7 +6,7 @@ Changed: load_data, MLP, evaluate, train, parse_args
 
 The model explains an image x by a latent vector z, sampled from the prior p(z) = N(0, I): the
 decoder turns z into the probability of each pixel, p(x|z). The likelihood p(x) is an integral over
-all z, but only few z make a given image likely. The encoder predicts which, as a normal
+all z, but only a few z make a given image likely. The encoder predicts which, as a normal
 distribution q(z|x), and training maximizes a lower bound of log p(x):
 
     log p(x) >= E_q[log p(x|z)] - KL(q(z|x) || p(z))      evidence lower bound (ELBO)

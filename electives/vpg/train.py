@@ -60,6 +60,8 @@ from plot import plot_run, plt, read_metrics
 def rewards_to_go(rewards, terminated, truncated, values, gamma):
     """Return the discounted sum of the rewards from each frame to the end of its episode, (T, N).
 
+    A reward k frames later counts gamma^k: late rewards depend little on the action, and add noise.
+
     For T frames of N environments: rewards and flags (T, N), and the baseline's values (T + 1, N),
     one row more because frame t leads to the state of row t + 1. After an episode has terminated
     (the pole fell), no rewards follow. One that was truncated (its time was up), or that goes on in
