@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from train import ResNet, crop, decode, image_stats, normalize, read_checkpoint
+from train import STATS, ResNet, crop, decode, normalize, read_checkpoint
 
 
 @torch.no_grad()
@@ -33,7 +33,7 @@ def predict(args):
         except (OSError, RuntimeError, ValueError) as error:
             raise OSError(f"{path}: not a readable image") from error
         x = crop(train_args, image, None)[None]  # (1, 3, H, W)
-        p = model(normalize(x / 255, image_stats("cpu"))).softmax(dim=1)[0]  # (C,)
+        p = model(normalize(x / 255, STATS)).softmax(dim=1)[0]  # (C,)
         top = p.topk(min(5, len(names)))
         print(f"{path}:", ", ".join(f"{p:.1%} {names[i]}" for p, i in zip(*top)))
 

@@ -1,20 +1,21 @@
 """Step 15: ImageNet, a run of days that may be killed at any moment.
 
 Parent:  14_resnet_gpu
-New:     list_images, decode, shrink, pack_images, crop, PackedImages, image_stats, worker_init,
-         load_batches, conv, shortcut, BasicBlock, Bottleneck, compile_model, update_ema,
-         write_file, save_checkpoint, read_checkpoint, load_checkpoint, lock_folder, open_out_dir,
-         catch_signals, count_micro_batches, accumulate_gradients
+New:     list_images, decode, shrink, pack_images, crop, PackedImages, worker_init, load_batches,
+         conv, shortcut, BasicBlock, Bottleneck, compile_model, update_ema, write_file,
+         save_checkpoint, read_checkpoint, load_checkpoint, lock_folder, open_out_dir,
+         catch_signals, accumulate_gradients
 Changed: load_data, minibatches, augment, ResNet, make_optimizer, schedule, evaluate, train,
          parse_args
 Gone:    Block, Clock, print_times
 
 A million photographs do not fit into a GPU's memory: worker processes decode and crop them ahead of
-the training loop. The first run packs them, resized, into one file, which makes decoding several
-times faster. A checkpoint holds all that the next iteration depends on, and the random numbers of
-an iteration depend on nothing but the seed and its number: a run that is killed and resumed ends
-with the weights of an uninterrupted one, bit for bit on a CPU, up to rounding on a GPU. predict.py
-classifies images with the best checkpoint.
+the training loop (data_share is the share of time that it still waits for them). The first run
+packs them, resized, into one file, which makes decoding several times faster. A checkpoint holds
+all that the next iteration depends on, and the random numbers of an iteration depend on nothing but
+the seed and its number: a run that is killed and resumed ends with the weights of an uninterrupted
+one, bit for bit on a CPU, up to rounding on a GPU. predict.py classifies images with the best
+checkpoint.
 
 Each --recipe follows a published one. Listed are its top-1 accuracy and what it does differently
 (besides reading the original images). Only tiny, for 64-pixel images on a CPU, has been run here:
@@ -58,13 +59,15 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.io import decode_image, encode_jpeg
 from torchvision.transforms import RandomResizedCrop, v2
-from torchvision.transforms.v2.functional import resize, resized_crop, to_dtype
+from torchvision.transforms.v2.functional import center_crop, resize, resized_crop, to_dtype
 from tqdm import tqdm
 
 from plot import plot_run
 
 # Residual blocks per stage, for every --depth.
 N_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+# Mean and standard deviation of red, green and blue in ImageNet, (2, 3, 1, 1).
+STATS = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
 
 
 # ---------- data ----------
@@ -72,12 +75,12 @@ def list_images(args, split):
     """Return the classes (folder names) of a split and its images, pairs (file, label)."""
     folder = args.data_dir / split
     try:
-        tree = ImageFolder(folder, allow_empty=True)
-    except FileNotFoundError as error:
+        tree = ImageFolder(folder)
+    except FileNotFoundError as error:  # no such folder, no class folders, or an empty one
         raise OSError(
-            f"--data_dir: no class folders in {folder}; image-net.org's images belong in "
-            f"{folder}/CLASS/ (soumith/imagenetloader.torch's valprep.sh sorts those of val/); for "
-            "stand-ins in DIR/imagenet: python tests/standins.py DIR"
+            f"--data_dir: {error}; image-net.org's images belong in {folder}/CLASS/ "
+            "(soumith/imagenetloader.torch's valprep.sh sorts those of val/); for stand-ins in "
+            "DIR/imagenet: python tests/standins.py DIR"
         ) from error
     return tree.classes, tree.samples
 
@@ -97,7 +100,7 @@ def shrink(image, size):
         data = np.fromfile(image[0], np.uint8)
         pixels = decode(data)  # (3, H, W)
         if 0 < size < min(pixels.shape[1:]):
-            pixels = resize(pixels, size, antialias=True)
+            pixels = resize(pixels, size)
         elif data[0] == 0xFF:  # already a small JPEG: compressing it again would only lose detail
             return data.tobytes()
         return encode_jpeg(pixels, quality=90).numpy().tobytes()
@@ -147,7 +150,7 @@ def pack_images(args, split, images):
     rows = np.fromfile(index, np.int64).reshape(-1, 2)
     broken = np.flatnonzero(np.diff(rows[:, 0], prepend=0) == 0)
     if len(broken) > len(rows) / 1000:
-        index.unlink()  # the next run packs anew: by then the images may be repaired
+        index.unlink(missing_ok=True)  # the next run packs anew: by then the images may be repaired
         problem = f"{len(broken)} of {len(rows)} images are broken"
         raise OSError(f"--data_dir: {problem}, the first is {images[broken[0]][0]}")
     return pack, np.delete(rows, broken, axis=0)
@@ -156,18 +159,15 @@ def pack_images(args, split, images):
 def crop(args, image, key):
     """Return a resized crop of image (3, H, W): random with seed key, or central if key is None."""
     if key is None:
-        size, (height, width) = args.test_size, image.shape[1:]
-        side = round(args.test_crop * min(height, width))
-        box = (height - side) // 2, (width - side) // 2, side, side
-    else:
-        size = args.train_size
-        torch.default_generator.manual_seed(key)  # faster than torch.manual_seed: only the CPU's
-        # A box (top, left, height, width) with random place, area and aspect ratio.
-        box = RandomResizedCrop.get_params(image, (args.min_scale, 1), (3 / 4, 4 / 3))
-    image = resized_crop(image, *box, [size, size], antialias=True)  # (3, size, size)
-    if key is not None and args.trivial_augment:
+        side = round(args.test_crop * min(image.shape[1:]))
+        return resize(center_crop(image, side), [args.test_size, args.test_size])
+    torch.default_generator.manual_seed(key)  # faster than torch.manual_seed: only the CPU's
+    # A box (top, left, height, width) with random position, area and aspect ratio.
+    box = RandomResizedCrop.get_params(image, (args.min_scale, 1), (3 / 4, 4 / 3))
+    image = resized_crop(image, *box, [args.train_size, args.train_size])  # (3, size, size)
+    if args.trivial_augment:
         image = v2.TrivialAugmentWide()(image)
-    if key is not None and args.random_erase:
+    if args.random_erase:
         image = v2.RandomErasing(args.random_erase)(image)  # a random rectangle becomes black
     return image
 
@@ -183,8 +183,8 @@ class PackedImages(Dataset):
         i, key = item
         if self.file is None:
             self.file = np.memmap(self.pack, mode="c")
-        image = decode(self.file[self.rows[i - 1, 0] if i else 0 : self.rows[i, 0]])
-        return crop(self.args, image, key), int(self.rows[i, 1])
+        start, (end, label) = self.rows[i - 1, 0] if i else 0, self.rows[i]
+        return crop(self.args, decode(self.file[start:end]), key), int(label)
 
 
 def load_data(args):
@@ -193,8 +193,6 @@ def load_data(args):
     val_classes, val_images = list_images(args, "val")
     if classes != val_classes:
         raise OSError(f"--data_dir: train/ and val/ of {args.data_dir} differ in class folders")
-    if not val_images:
-        raise OSError(f"--data_dir: {args.data_dir}/val holds no images")
     train_set = PackedImages(args, *pack_images(args, "train", train_images))
     val_set = PackedImages(args, *pack_images(args, "val", val_images))
     if args.batch_size > (n := len(train_set.rows)):
@@ -213,12 +211,6 @@ def load_data(args):
     return train_set, val_set, names
 
 
-def image_stats(device):
-    """Return the mean and the standard deviation of ImageNet's colors, each (3, 1, 1)."""
-    stats = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=device)
-    return stats[:, :, None, None].unbind()
-
-
 def normalize(x, stats):
     """Return pixels x, 0 to 1, normalized with stats, the training set's (mean, std)."""
     mean, std = stats
@@ -233,16 +225,16 @@ def minibatches(args, images, iter_num):
         # neither the state of a generator nor the epoch's earlier minibatches.
         epoch, k = divmod(iter_num, n // args.batch_size)
         rng = np.random.default_rng([args.seed, epoch])
-        items = list(zip(rng.permutation(n).tolist(), rng.integers(2**62, size=n).tolist()))
+        items = np.stack([rng.permutation(n), rng.integers(2**62, size=n)], axis=1)  # (n, 2)
         for i in range(k * args.batch_size, n - args.batch_size + 1, args.batch_size):
-            yield items[i : i + args.batch_size]
+            yield items[i : i + args.batch_size].tolist()
             iter_num += 1
 
 
 def worker_init(worker_id):
     """Put a worker process into its own group: Ctrl-C in the terminal reaches the parent only."""
     os.setpgid(0, 0)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the parent ends it
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the parent process ends it
 
 
 def load_batches(args, images, batches):
@@ -253,7 +245,6 @@ def load_batches(args, images, batches):
         num_workers=args.num_workers,
         worker_init_fn=worker_init,
         pin_memory=args.device == "cuda",  # page-locked memory: copied while the GPU computes
-        generator=torch.Generator(),  # or it would draw its seed from torch's global generator
     )
     return iter(loader)
 
@@ -406,7 +397,7 @@ def evaluate(args, model, images, stats):
     model.eval()  # batch norm uses its running averages, and leaves them as they are
     items = [(i, None) for i in range(len(images.rows))]
     batches = [items[i : i + args.batch_size] for i in range(0, len(items), args.batch_size)]
-    sums = torch.zeros(3, dtype=torch.float64, device=stats[0].device)
+    sums = torch.zeros(3, dtype=torch.float64, device=stats.device)
     for x, y in load_batches(args, images, batches):
         x, y = (tensor.to(sums.device, non_blocking=True) for tensor in (x, y))
         with autocast(args):
@@ -531,23 +522,6 @@ def setup_device(args):
     return torch.device(args.device)
 
 
-def count_micro_batches(args, device):
-    """Return --n_micro_batches or, if it is 0, how many the GPU's memory requires.
-
-    For backward, ResNet-50 stores 27 MB of activations in bfloat16 per image of 176 pixels,
-    ResNet-101 40 MB; in float32 they are twice as large.
-    """
-    n = max(1, args.n_micro_batches)
-    if device.type == "cuda" and args.n_micro_batches == 0:
-        image = (40e6 if args.depth == 101 else 27e6) * (args.train_size / 176) ** 2
-        image *= 2 if args.dtype == "float32" else 1
-        needed = 1.5 * image * args.batch_size  # 50% for all else
-        memory = 0.9 * torch.cuda.get_device_properties(device).total_memory
-        while needed > n * memory and args.batch_size % (2 * n) == 0:
-            n *= 2
-    return n
-
-
 def autocast(args):
     """Return the context of mixed precision: convolutions and matrix products run in --dtype.
 
@@ -568,15 +542,19 @@ def log_metrics(args, record):
 
 
 def accumulate_gradients(args, model, x, y, stats, n_classes):
-    """Add up a minibatch's gradients, with one micro-batch at a time in memory; return its loss."""
-    loss = torch.zeros((), device=x.device)
-    for part in zip(x.chunk(args.n_micro_batches), y.chunk(args.n_micro_batches)):
-        x, y = augment(args, *part, stats, n_classes)
+    """Add up a minibatch's gradients, one micro-batch at a time; return its mean loss.
+
+    Backward needs the activations of every layer: for ResNet-50, 27 MB in bfloat16 per image of
+    176 pixels. Batch norm sees one micro-batch, whose size must not depend on the GPU's memory.
+    """
+    batch_size, loss = len(x), torch.zeros((), device=x.device)
+    for micro_batch in zip(x.split(args.micro_batch_size), y.split(args.micro_batch_size)):
+        x, y = augment(args, *micro_batch, stats, n_classes)
         with autocast(args):
             logits = model(x)
         # Label smoothing: target probabilities below 1, so logits need not grow forever.
         micro_loss = F.cross_entropy(logits.float(), y, label_smoothing=args.label_smoothing)
-        micro_loss = micro_loss / args.n_micro_batches
+        micro_loss = micro_loss * len(x) / batch_size
         micro_loss.backward()
         loss += micro_loss.detach()
     return loss
@@ -589,10 +567,9 @@ def train(args, signals=None):
     """
     start = time.perf_counter()
     device = setup_device(args)
-    args.n_micro_batches = count_micro_batches(args, device)
     train_set, val_set, names = load_data(args)
     torch.manual_seed(args.seed)  # after load_data: packing draws a random number, too
-    stats = image_stats(device)
+    stats = STATS.to(device)
     iters_per_epoch = len(train_set.rows) // args.batch_size
     args.max_iters = args.max_iters or max(1, round(args.epochs * iters_per_epoch))
     args.warmup_iters = round(args.warmup_epochs * iters_per_epoch)
@@ -601,10 +578,8 @@ def train(args, signals=None):
     # channels_last (NHWC): a pixel's channels lie side by side, as fast convolutions read them.
     model = model.to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model)  # the averaged model is the one that is evaluated
-    averages, values = (
-        [tensor for tensor in net.state_dict().values() if tensor.is_floating_point()]
-        for net in (ema, model)
-    )
+    averages = [tensor for tensor in ema.state_dict().values() if tensor.is_floating_point()]
+    values = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
     compiled = compile_model(args, model)
     optimizer = make_optimizer(args, model)
     parts = {"model": model, "ema": ema, "optimizer": optimizer}
@@ -629,7 +604,7 @@ def train(args, signals=None):
     open_out_dir(args, device, logs, state["log_sizes"])
     batches = load_batches(args, train_set, minibatches(args, train_set, start_iter))
     state["loss_sum"] = state["loss_sum"].to(device)  # a checkpoint is loaded to the CPU
-    waited, since, since_iter = 0.0, time.perf_counter(), start_iter
+    waited, since = 0.0, time.perf_counter()
     if signals is not None:
         catch_signals(signals)
 
@@ -650,9 +625,9 @@ def train(args, signals=None):
             if iter_num > 0:
                 record["train_loss"] = state["loss_sum"].item() / (iter_num - last_eval)
             if iter_num > start_iter:
-                passed = time.perf_counter() - since
+                n_iters, passed = iter_num - max(start_iter, last_eval), time.perf_counter() - since
                 record["data_share"] = waited / passed  # the CPU waited; a GPU may have computed
-                record["images_per_second"] = (iter_num - since_iter) * args.batch_size / passed
+                record["images_per_second"] = n_iters * args.batch_size / passed
             record |= evaluate(args, ema, val_set, stats)
             log_metrics(args, record)
             plot_run(args.out_dir)
@@ -663,7 +638,7 @@ def train(args, signals=None):
                 state["best"] = record["top1"]
                 save_checkpoint(best, parts, state)
             save_checkpoint(last, parts, state)
-            waited, since, since_iter = 0.0, time.perf_counter(), iter_num
+            waited, since = 0.0, time.perf_counter()
         if iter_num == args.max_iters:
             break
 
@@ -726,9 +701,9 @@ def parse_args(argv=None):
     data_dir = Path(os.environ.get("DATA_DIR", Path(__file__).parents[1] / "data")) / "imagenet"
     flag("--data_dir", type=Path, default=data_dir, help="directory that holds train/ and val/")
     flag("--cache_dir", type=Path, help="for the packed images; None: cache/ in --data_dir")
-    flag("--pack_size", type=number(int, 0), default=256, help="shorter side at most; 0: any size")
+    flag("--pack_size", type=number(int, 0), default=256, help="pixels of the shorter side; 0: any")
     flag("--batch_size", type=number(int, 2), default=1024, help="images per minibatch")
-    flag("--n_micro_batches", type=number(int, 0), default=0, help="0: as the GPU's memory needs")
+    flag("--micro_batch_size", type=number(int, 2), default=256, help="images per backward pass")
     flag("--train_size", type=number(int, 8), default=176, help="height and width in training")
     flag("--test_size", type=number(int, 8), default=224, help="height and width in evaluation")
     flag("--test_crop", type=number(float, 0.1, 1), default=0.875, help="share of the shorter side")
@@ -742,14 +717,14 @@ def parse_args(argv=None):
     flag("--small_stem", action="store_true", help="first convolution 3x3, for 64-pixel images")
     flag("--init_from", choices=("scratch", "resume"), default="scratch", help="resume: last.pt")
     flag = parser.add_argument_group("optimizer").add_argument
-    flag("--recipe", choices=list(RECIPES), default="90", help="other defaults: see train.py")
+    flag("--recipe", choices=list(RECIPES), default="90", help="its settings become the defaults")
     flag("--epochs", type=number(float, 0), default=90, help="passes over the training images")
     flag("--max_iters", type=number(int, 0), default=0, help="if not 0, replaces --epochs")
     flag("--learning_rate", type=number(float, 0), default=0.5, help="peak per 256 images")
-    flag("--warmup_epochs", type=number(float, 0), default=5, help="at most a fifth of the run")
+    flag("--warmup_epochs", type=number(float, 0), default=5, help="linear warm-up")
     flag("--weight_decay", type=number(float, 0), default=5e-5, help="usually 2e-5 to 1e-4")
     flag("--label_smoothing", type=number(float, 0, 1), default=0.1, help="usually 0 to 0.2")
-    flag("--ema_decay", type=number(float, 0, 1), default=0.9999, help="0: evaluate last weights")
+    flag("--ema_decay", type=number(float, 0, 1), default=0.9999, help="0: no averaged weights")
     flag = parser.add_argument_group("logging").add_argument
     flag("--eval_only", action="store_true", help="only evaluate out_dir/last.pt")
     flag("--eval_interval", type=number(int, 0), default=0, help="in iterations; 0: every epoch")
@@ -765,8 +740,8 @@ def parse_args(argv=None):
     flag("--compile", action="store_true", help="use torch.compile; pays in long runs")
     parser.set_defaults(**RECIPES[parser.parse_known_args(argv)[0].recipe])
     args = parser.parse_args(argv)
-    if args.n_micro_batches and args.batch_size % args.n_micro_batches:
-        parser.error(f"--batch_size {args.batch_size} is not divisible by --n_micro_batches")
+    if args.batch_size % args.micro_batch_size == 1:
+        parser.error("--micro_batch_size leaves one image over: batch norm needs at least two")
     args.cache_dir = args.cache_dir or args.data_dir / "cache"
     args.init_from = "resume" if args.eval_only else args.init_from
     return args
@@ -778,7 +753,8 @@ if __name__ == "__main__":
     try:
         train(parse_args(), signals)
     except torch.OutOfMemoryError:
-        print("train.py: error: out of GPU memory: lower --batch_size", file=sys.stderr)
+        problem = "out of GPU memory: lower --micro_batch_size or --batch_size"
+        print(f"train.py: error: {problem}", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
         mistakes = (argparse.ArgumentTypeError, FloatingPointError, MemoryError, OSError)

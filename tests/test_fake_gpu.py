@@ -172,6 +172,7 @@ def run(name, data, out_dir, monkeypatch, *flags):
     if name == "15_imagenet":
         monkeypatch.setattr(step, "load_data", lambda args: images)
         monkeypatch.setattr(step, "load_batches", load_batches)
+        monkeypatch.setattr(step, "STATS", torch.ones(2, 3, 1, 1))
     flags = [*tiny_flags(name, folder, out_dir), *MORE.get(name, []), "--device", "cuda", *flags]
     return step.train(step.parse_args(list(map(str, flags))))
 
@@ -182,7 +183,7 @@ MORE = {  # so that evaluation and sampling are short
 }
 RUNS = [
     ("14_resnet_gpu", "", 0),
-    ("15_imagenet", "--mixup 0.2 --n_micro_batches 2", 0),
+    ("15_imagenet", "--mixup 0.2 --micro_batch_size 4", 0),
     ("16_nanogpt_shakespeare", "--no-compile", 0),
     ("16_nanogpt_shakespeare", "--no-compile --optimizer adamw --no-sdpa --dropout 0.1", 0),
     ("17_gpt2_multigpu", "--no-compile --optimizer muon", 1),

@@ -359,7 +359,7 @@ def resnet_speed(bench, size):
         [tensor for tensor in net.state_dict().values() if tensor.is_floating_point()]
         for net in (copy.deepcopy(model), model)
     )
-    optimizer, stats = step.make_optimizer(args, model), step.image_stats(bench.device)
+    optimizer, stats = step.make_optimizer(args, model), step.STATS.to(bench.device)
     images = torch.randint(256, (batch, 3, size, size), dtype=torch.uint8, device=bench.device)
     labels = torch.randint(1000, (batch,), device=bench.device)
 
