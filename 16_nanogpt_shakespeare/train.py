@@ -666,12 +666,18 @@ def parse_args(argv=None):
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     for key in (args.device, args.optimizer, (args.device, args.optimizer)):
         parser.set_defaults(**DEFAULTS[key])
+    saved_args = {}
+    if args.init_from == "resume":  # the default sizes are those of the saved model
+        saved_args = read_checkpoint(args.out_dir / "last.pt", {"args": {}})["state"]["args"]
+        parser.set_defaults(**saved_args)
     args = argparse.Namespace(**vars(parser.parse_args(argv)) | {"device": args.device})
     args.attn_dropout = args.dropout if args.attn_dropout is None else args.attn_dropout
     if not args.prompt:
         parser.error("--prompt is empty: the model needs at least one character to continue")
     if args.n_embd % args.n_head:
         parser.error(f"--n_embd {args.n_embd} is not divisible by --n_head {args.n_head}")
+    if args.n_head != saved_args.get("n_head", args.n_head):  # no weight's shape depends on it
+        parser.error(f"--n_head {args.n_head}: the saved model has {saved_args['n_head']}")
     return args
 
 

@@ -93,7 +93,7 @@ def map_tokens(path):
 
 
 class Shards:
-    """The tokens of several files as one sequence: tokens[start:end] may span two of them."""
+    """The tokens of several files as one sequence: tokens[start:end] may span several."""
 
     def __init__(self, parts):
         self.parts, self.ends = parts, np.cumsum([len(part) for part in parts])
@@ -656,7 +656,7 @@ def catch_signals(signals):
 
 
 # ---------- training ----------
-SAVE_SECONDS = 900  # a checkpoint at least so often, also between evaluations
+SAVE_SECONDS = 900  # at most between two checkpoints
 
 
 def join_processes(backend):
@@ -801,7 +801,7 @@ def log_sample(args, record, text):
 
 
 def resume_if_restarted(args, last, device):
-    """Set args.init_from to resume if torchrun or Slurm has restarted the job that wrote last.
+    """Set args.init_from to resume if torchrun or Slurm has restarted the job that saved last.
 
     Each machine counts its own restarts only, so the processes decide together. The id of the job
     is in args.json: the checkpoint of another job is never resumed unasked.
@@ -997,7 +997,7 @@ DEFAULTS = {
     "cuda": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "batch_size": 30}
     | {"learning_rate": 6e-4, "min_lr": 6e-5, "warmup_iters": 2000, "max_iters": 600_000}
     | {"total_batch_tokens": 491_520, "eval_interval": 1000, "compile": True}
-    | {"vocab_size": 50304},  # GPUs multiply matrices faster whose sizes are multiples of 64
+    | {"vocab_size": 50304},  # multiples of 64 are faster on a GPU
 }
 
 
@@ -1011,12 +1011,12 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("data").add_argument
     data_dir = os.environ.get("DATA_DIR", Path(__file__).parents[1] / "data")
     flag("--data_dir", type=Path, default=data_dir, help="directory of the data sets")
-    flag("--dataset", default="openwebtext", help="directory in it with train.bin and val.bin")
-    flag("--cache_dir", type=Path, help="of prepare.py; None: cache/DATASET in --data_dir")
+    flag("--dataset", default="openwebtext", help="directory in --data_dir with train.bin")
+    flag("--cache_dir", type=Path, help="prepare.py's; None: cache/DATASET in --data_dir")
     flag("--batch_size", type=number(int, 1), help="sequences per micro-batch and process")
     flag("--total_batch_tokens", type=number(int, 1), help="tokens per update, in all processes")
     flag = parser.add_argument_group("model").add_argument
-    sources = "scratch, resume (out_dir/last.pt), gpt2, gpt2-medium, ... or a directory like theirs"
+    sources = "scratch, resume (last.pt), gpt2, gpt2-medium, ... or a directory in that format"
     flag("--init_from", default="scratch", help=sources)
     flag("--vocab_size", type=number(int, 2, 65536), help="GPT-2's BPE has 50257 tokens")
     flag("--block_size", type=number(int, 1), help="tokens of context")
@@ -1037,7 +1037,7 @@ def parse_args(argv=None):
     flag("--beta1", type=number(float, 0, 0.9999), default=0.9, help="momentum; also Muon's")
     flag("--beta2", type=number(float, 0, 0.9999), default=0.95, help="AdamW's second moment")
     flag("--grad_clip", type=number(float, 0), default=1.0, help="maximum gradient norm; 0: off")
-    flag("--skip_zscore", type=number(float, 0), default=6.0, help="skip loss spikes; 0: never")
+    flag("--skip_zscore", type=number(float, 0), default=6.0, help="of skipped spikes; 0: never")
     flag = parser.add_argument_group("sampling").add_argument
     flag("--prompt", default="\n", help="start of the samples, by default a newline")
     flag("--stop", default="<|endoftext|>", help="text after which a sample ends")
@@ -1057,9 +1057,9 @@ def parse_args(argv=None):
     dtypes = ("auto", "float32", "bfloat16", "float16")
     flag("--dtype", choices=dtypes, default="auto", help="auto: fastest")
     flag("--compile", action=switch, help="slow to start, then faster on a GPU")
-    flag("--recompute", action="store_true", help="activations in backward: less memory, slower")
+    flag("--recompute", action="store_true", help="activation checkpointing: less memory, slower")
     flag("--parallel", choices=("ddp", "fsdp"), default="ddp", help="fsdp: for large models")
-    flag("--peak_tflops", type=number(float, 0), default=0.0, help="for mfu; 0: the GPU's")
+    flag("--peak_tflops", type=number(float, 0), default=0.0, help="for mfu; 0: by the GPU's name")
     args = parser.parse_known_args(argv)[0]
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -1067,12 +1067,18 @@ def parse_args(argv=None):
     if args.device == "cuda" and torch.cuda.is_available():
         if torch.cuda.get_device_properties(0).total_memory < 30e9:  # 30 sequences may not fit
             parser.set_defaults(batch_size=15)
+    saved_args = {}
+    if args.init_from == "resume":  # the default sizes are those of the saved model
+        saved_args = read_checkpoint(args.out_dir / "last.pt", {"args": {}})["state"]["args"]
+        parser.set_defaults(**saved_args)
     args = argparse.Namespace(**vars(parser.parse_args(argv)) | {"device": args.device})
     args.cache_dir = args.cache_dir or args.data_dir / "cache" / args.dataset
     if not args.prompt:
         parser.error("--prompt is empty: the model needs at least one token to continue")
     if args.n_embd % args.n_head:
         parser.error(f"--n_embd {args.n_embd} is not divisible by --n_head {args.n_head}")
+    if args.n_head != saved_args.get("n_head", args.n_head):  # no weight's shape depends on it
+        parser.error(f"--n_head {args.n_head}: the saved model has {saved_args['n_head']}")
     return args
 
 

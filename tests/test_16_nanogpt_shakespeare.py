@@ -737,6 +737,17 @@ def test_resume_with_a_cropped_block(standins, tmp_path):
     assert checkpoint["adamw"]["state"][1]["exp_avg"].shape == (8, 16)
 
 
+def test_resume_takes_the_sizes_from_the_checkpoint(standins, tmp_path):
+    step.train(step.parse_args([*tiny_flags(STEP, standins, tmp_path), "--bias"]))
+    before = torch.load(tmp_path / "last.pt", weights_only=True)["state"]["args"]
+    flags = ["--data_dir", standins, "--out_dir", tmp_path, "--init_from", "resume"]
+    flags += ["--device", "cpu", "--dtype", "float32"]
+    args = step.parse_args([*map(str, flags)])
+    assert before == {name: getattr(args, name) for name in before}
+    code, errors = run_main(STEP, *flags, "--n_head", 1 if args.n_head > 1 else 2)
+    assert code == 2 and "--n_head" in errors and "Traceback" not in errors
+
+
 def test_sample_takes_the_sizes_and_the_vocabulary_from_the_checkpoint(standins, tmp_path, capsys):
     step.train(step.parse_args([*tiny_flags(STEP, standins, tmp_path), "--bias"]))
     capsys.readouterr()

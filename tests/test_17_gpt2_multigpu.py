@@ -1603,6 +1603,15 @@ def test_resume_with_a_cropped_block(small_data, tmp_path):
     assert long.shape == (16, 16)
 
 
+def test_resume_takes_the_sizes_from_the_checkpoint(small_data, tmp_path):
+    run(small_data, tmp_path, "--no-bias")
+    before = checkpoint(tmp_path)["state"]["args"]
+    flags = [*CPU, "--data_dir", small_data, "--out_dir", tmp_path, "--init_from", "resume"]
+    args = step.parse_args(list(map(str, flags)))
+    assert before == {name: getattr(args, name) for name in before}
+    assert_one_line(run_main(STEP, *flags, "--n_head", 1), "--n_head 1", "2")
+
+
 # ---------- bad input ----------
 
 
