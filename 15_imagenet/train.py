@@ -458,7 +458,7 @@ def load_checkpoint(path, parts, template):
             part.load_state_dict(checkpoint[name])
         except (LookupError, RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[-1].strip()
-            raise OSError(f"{path} is of a model with another shape ({name}: {reason})") from error
+            raise OSError(f"{path} is of another model or optimizer ({name}: {reason})") from error
     return checkpoint["state"]
 
 
@@ -721,7 +721,7 @@ def parse_args(argv=None):
     flag("--epochs", type=number(float, 0), default=90, help="passes over the training images")
     flag("--max_iters", type=number(int, 0), default=0, help="if not 0, replaces --epochs")
     flag("--learning_rate", type=number(float, 0), default=0.5, help="peak per 256 images")
-    flag("--warmup_epochs", type=number(float, 0), default=5, help="linear warm-up")
+    flag("--warmup_epochs", type=number(float, 0), default=5, help="at most a fifth of the run")
     flag("--weight_decay", type=number(float, 0), default=5e-5, help="usually 2e-5 to 1e-4")
     flag("--label_smoothing", type=number(float, 0, 1), default=0.1, help="usually 0 to 0.2")
     flag("--ema_decay", type=number(float, 0, 1), default=0.9999, help="0: no averaged weights")
@@ -741,7 +741,8 @@ def parse_args(argv=None):
     parser.set_defaults(**RECIPES[parser.parse_known_args(argv)[0].recipe])
     args = parser.parse_args(argv)
     if args.batch_size % args.micro_batch_size == 1:
-        parser.error("--micro_batch_size leaves one image over: batch norm needs at least two")
+        problem = f"leaves one image of --batch_size {args.batch_size}: batch norm needs two"
+        parser.error(f"--micro_batch_size {args.micro_batch_size} {problem}")
     args.cache_dir = args.cache_dir or args.data_dir / "cache"
     args.init_from = "resume" if args.eval_only else args.init_from
     return args

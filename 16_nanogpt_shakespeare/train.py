@@ -390,7 +390,7 @@ def load_checkpoint(path, parts, template):
             part.load_state_dict(checkpoint[name])
         except (LookupError, RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[-1].strip()
-            raise OSError(f"{path} is of a model with another shape ({name}: {reason})") from error
+            raise OSError(f"{path} is of another model or optimizer ({name}: {reason})") from error
     return checkpoint["state"]
 
 

@@ -609,7 +609,7 @@ def load_checkpoint(path, parts, template):
                 part.load_state_dict(saved)
         except (LookupError, RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[-1].strip()
-            raise OSError(f"{path} is of a model with another shape ({name}: {reason})") from error
+            raise OSError(f"{path} is of another model or optimizer ({name}: {reason})") from error
     return checkpoint["state"]
 
 
@@ -801,7 +801,7 @@ def log_sample(args, record, text):
 
 
 def resume_if_restarted(args, last, device):
-    """Set args.init_from to resume if torchrun or Slurm has restarted the job that saved last.
+    """Set args.init_from to resume if torchrun or Slurm has restarted the job of checkpoint last.
 
     Each machine counts its own restarts only, so the processes decide together. The id of the job
     is in args.json: the checkpoint of another job is never resumed unasked.
@@ -1012,11 +1012,11 @@ def parse_args(argv=None):
     data_dir = os.environ.get("DATA_DIR", Path(__file__).parents[1] / "data")
     flag("--data_dir", type=Path, default=data_dir, help="directory of the data sets")
     flag("--dataset", default="openwebtext", help="directory in --data_dir with train.bin")
-    flag("--cache_dir", type=Path, help="prepare.py's; None: cache/DATASET in --data_dir")
+    flag("--cache_dir", type=Path, help="as for prepare.py; None: cache/DATASET in --data_dir")
     flag("--batch_size", type=number(int, 1), help="sequences per micro-batch and process")
     flag("--total_batch_tokens", type=number(int, 1), help="tokens per update, in all processes")
     flag = parser.add_argument_group("model").add_argument
-    sources = "scratch, resume (last.pt), gpt2, gpt2-medium, ... or a directory in that format"
+    sources = "scratch, resume (out_dir/last.pt), gpt2, gpt2-medium, ... or a directory like these"
     flag("--init_from", default="scratch", help=sources)
     flag("--vocab_size", type=number(int, 2, 65536), help="GPT-2's BPE has 50257 tokens")
     flag("--block_size", type=number(int, 1), help="tokens of context")
@@ -1037,7 +1037,7 @@ def parse_args(argv=None):
     flag("--beta1", type=number(float, 0, 0.9999), default=0.9, help="momentum; also Muon's")
     flag("--beta2", type=number(float, 0, 0.9999), default=0.95, help="AdamW's second moment")
     flag("--grad_clip", type=number(float, 0), default=1.0, help="maximum gradient norm; 0: off")
-    flag("--skip_zscore", type=number(float, 0), default=6.0, help="of skipped spikes; 0: never")
+    flag("--skip_zscore", type=number(float, 0), default=6.0, help="skip loss spikes; 0: never")
     flag = parser.add_argument_group("sampling").add_argument
     flag("--prompt", default="\n", help="start of the samples, by default a newline")
     flag("--stop", default="<|endoftext|>", help="text after which a sample ends")

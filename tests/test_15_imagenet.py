@@ -939,7 +939,7 @@ def test_a_checkpoint_of_another_kind_is_named(step, tmp_path):
     others = {"model": nn.Linear(2, 4), "optimizer": two_groups, "ema": nn.Linear(2, 3)}
     for name, part in others.items():
         with pytest.raises(
-            OSError, match=rf"last\.pt is of a model with another shape \({name}: \S"
+            OSError, match=rf"last\.pt is of another model or optimizer \({name}: \S"
         ):
             step.load_checkpoint(path, {name: part}, state)
     with pytest.raises(OSError, match=r"none\.pt is missing"):
