@@ -21,7 +21,7 @@ import torchvision
 from PIL import Image
 from runs import watched_run
 from standins import write_imagenet
-from steps import ROOT, load_step, run_main
+from steps import folder_of, load_step, run_main
 
 TINY = "--recipe tiny --train_size 16 --test_size 16 --batch_size 8 --num_workers 0".split()
 TINY += "--device cpu --dtype float32 --max_iters 6 --eval_interval 2".split()
@@ -283,8 +283,8 @@ def test_two_runs_that_pack_into_the_same_cache_do_not_mix(step, tree, tmp_path)
     alone, rows = pack(step, args)
     expected = alone.read_bytes()
     more = ["--data_dir", str(tree), "--cache_dir", str(tmp_path / "shared")]
-    runs = [subprocess.Popen([sys.executable, "-c", PACK, *TINY, *more], cwd=ROOT / "15_imagenet")]
-    runs += [subprocess.Popen(runs[0].args, cwd=ROOT / "15_imagenet")]
+    line, folder = [sys.executable, "-c", PACK, *TINY, *more], folder_of("15_imagenet")
+    runs = [subprocess.Popen(line, cwd=folder) for _ in range(2)]
     assert [run.wait(100) for run in runs] == [0, 0]
     (shared,) = (tmp_path / "shared").glob("train*.jpegs")
     assert shared.read_bytes() == expected
@@ -310,11 +310,12 @@ def test_another_folder_with_the_same_names_has_its_own_pack(step, tree, tmp_pat
     assert len(list((tmp_path / "cache").glob("train*.jpegs"))) == 2
 
 
-def test_broken_image_is_named_and_packed_anew_when_repaired(step, tree, tmp_path):
+def test_broken_image_is_named_and_packed_anew_when_repaired(step, tree, tmp_path, capsys):
     victim = sorted((tree / "train").glob("*/*"))[5]
     complete = victim.read_bytes()
     victim.write_bytes(complete[:300])
     assert str(victim) in error_of("--data_dir", tree, "--out_dir", tmp_path / "out")
+    assert capsys.readouterr().out == f"broken image, left out: {victim}\n"
     victim.write_bytes(complete)
     images, _, _ = step.load_data(flags(step, tree, tmp_path))
     assert len(images.rows) == 64
@@ -1139,7 +1140,8 @@ def test_what_is_loaded_makes_the_same_batches_in_processes(step, tree, tmp_path
     images = step.load_data(args)[0]
     x, y = next(step.load_batches(args, images, step.minibatches(args, images, 3)))
     # From a process of its own: a fork of this one, where JAX has threads, might hang.
-    command = [sys.executable, "-c", LOAD, ROOT / "15_imagenet", *TINY, *more, "--num_workers", "2"]
+    command = [sys.executable, "-c", LOAD, folder_of("15_imagenet"), *TINY, *more]
+    command += ["--num_workers", "2"]
     helped = subprocess.run(command, check=True, capture_output=True, timeout=100).stdout
     x_helped, y_helped = torch.load(io.BytesIO(helped))
     assert torch.equal(x, x_helped) and torch.equal(y, y_helped)

@@ -25,7 +25,7 @@ import pytest
 import tiktoken
 import torch
 import torch.nn.functional as F
-from steps import ROOT, load_step, run_main
+from steps import folder_of, load_step, run_main
 from torch.utils._python_dispatch import TorchDispatchMode
 
 STEP = "17_gpt2_multigpu"
@@ -36,14 +36,14 @@ step = load_step(STEP)
 def imports_of_the_step():
     """Let the scripts of this step import its train.py and each other."""
     own = ("train", "sample")
-    sys.path.insert(0, str(ROOT / STEP))
+    sys.path.insert(0, str(folder_of(STEP)))
     try:
         for name in own:
             sys.modules.pop(name, None)
         sys.modules["train"] = step
         yield
     finally:
-        sys.path.remove(str(ROOT / STEP))
+        sys.path.remove(str(folder_of(STEP)))
         for name in own:
             sys.modules.pop(name, None)
 
@@ -104,7 +104,7 @@ def command(data, out_dir, *flags, processes=1, restarts=0):
     """Return the command line of a run, under torchrun if there is more than one process."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     torchrun += [f"--max-restarts={restarts}"]
-    script = [str(ROOT / STEP / "train.py"), *SMALL, "--data_dir", str(data)]
+    script = [str(folder_of(STEP) / "train.py"), *SMALL, "--data_dir", str(data)]
     script += ["--out_dir", str(out_dir), *map(str, flags)]
     return [sys.executable, *(torchrun if processes > 1 or restarts else []), *script]
 
@@ -1004,6 +1004,19 @@ def test_two_processes_are_one_with_twice_the_accumulation(flags, small_data, tm
     assert run(small_data, tmp_path / "two", *again)["iter"] == 7
 
 
+def test_fsdp_shards_every_block_and_the_rest_in_mixed_precision(monkeypatch):
+    calls = []
+    monkeypatch.setattr(step.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(step, "init_device_mesh", lambda *given: given)
+    monkeypatch.setattr(step, "fully_shard", lambda net, **given: calls.append((net, given)) or net)
+    args = parse("--parallel", "fsdp", "--dtype", "bfloat16")
+    model = step.GPT(args, 300)
+    step.parallelize(args, model, torch.device("cpu"))
+    policy = step.MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    given = {"mesh": ("cpu", (1,)), "mp_policy": policy}
+    assert calls == [(net, given) for net in (*model.h, model)]
+
+
 def test_every_process_and_iteration_has_dropout_masks_of_its_own(
     small_data, tmp_path, monkeypatch
 ):
@@ -1768,7 +1781,7 @@ def test_real_text_is_prepared_and_learned(real_data, tmp_path):
     flags += ["--out_dir", tmp_path / "out", "--max_iters", 60, "--eval_interval", 30]
     # In a process whose C library keeps freed memory, as the docstring advises: twice as fast.
     env = os.environ | {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647"}
-    line = [sys.executable, ROOT / STEP / "train.py", *flags]
+    line = [sys.executable, folder_of(STEP) / "train.py", *flags]
     subprocess.run(list(map(str, line)), env=env, check=True, capture_output=True)
     losses = [r["val_loss"] for r in records(tmp_path / "out")]
     assert losses[0] == pytest.approx(math.log(50257), rel=0.02)

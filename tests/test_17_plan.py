@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from steps import ROOT, load_step, run_main
+from steps import folder_of, load_step, run_main
 
 STEP = "17_gpt2_multigpu"
 step = load_step(STEP)
@@ -19,12 +19,12 @@ SMALL += ["--total_batch_tokens", "512", "--gpus", "2"]
 @contextlib.contextmanager
 def imports_of_the_step():
     """Let plan.py import the train.py beside it."""
-    sys.path.insert(0, str(ROOT / STEP))
+    sys.path.insert(0, str(folder_of(STEP)))
     sys.modules["train"] = step
     try:
         yield
     finally:
-        sys.path.remove(str(ROOT / STEP))
+        sys.path.remove(str(folder_of(STEP)))
         sys.modules.pop("train")
 
 

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 import torch
 from steps import (
-    ROOT,
     STEPS,
     definitions,
     distinct,
+    folder_of,
     load_plot,
     load_step,
     main_guard,
@@ -351,7 +351,7 @@ def test_plot_needs_no_display(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
         '{"iter": 0, "train_loss": 2.0, "noise_variance": 0.25}\n'
     )
-    command = [sys.executable, str(ROOT / STEPS[0] / "plot.py"), str(tmp_path)]
+    command = [sys.executable, str(folder_of(STEPS[0]) / "plot.py"), str(tmp_path)]
     subprocess.run(command, env=os.environ | {"MPLBACKEND": "none such"}, check=True)
 
 
@@ -362,7 +362,7 @@ def test_workers_of_a_killed_torchrun_save_and_leave(standins, tmp_path):
     flags = [*flags_of(step, standins, tmp_path), "--max_iters", "1000000"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     torchrun = subprocess.Popen(
-        [*command, str(ROOT / step / "train.py"), *flags, "--eval_interval", "1000000"],
+        [*command, str(folder_of(step) / "train.py"), *flags, "--eval_interval", "1000000"],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
